@@ -1,0 +1,200 @@
+"""The world: Gymnasium's CarRacing, drawn faster, with frame skip and training-only rewards.
+
+Reads and writes nothing; every other file imports it. `make_env()` is the plain task, scored as published:
+the same physics, pixels and rewards as `gym.make("CarRacing-v3", continuous=False)` behind a frame skip.
+`TrainingRewards` is a separate wrapper that only training scripts put around it.
+"""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pygame
+from gymnasium.envs.box2d import car_racing as stock
+from pygame import gfxdraw
+
+ENV_ID = "CarRacing-v3"
+FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
+MAX_FRAMES = 1000  # frames per episode, as in Gymnasium's registration
+
+# training only: none of these can reach an evaluation
+TRAIN_TRACKS = 100_000  # track seeds 0 .. TRAIN_TRACKS - 1; the seeds above are kept for evaluation
+REWARD_CLIP = 10.0  # bound on the reward of one decision; one tile pays about 3.5, so +-1 would pay two tiles like one
+GRASS_LIMIT = 50  # frames with all four wheels on grass before the episode ends
+GRASS_PENALTY = 10.0  # reward subtracted by that end
+MISS_PENALTY = 10.0  # reward subtracted for each tile left behind unvisited: it costs the lap, some 30 points, much later
+
+
+def _grass_squares():
+    """The playfield's light squares, in the order the stock class draws them, float64 (400, 4, 2)."""
+    corner = np.array([(x, y) for x in range(-20, 20, 2) for y in range(-20, 20, 2)], dtype=np.float64)
+    offsets = np.array([(1, 0), (0, 0), (0, 1), (1, 1)], dtype=np.float64)
+    return stock.GRASS_DIM * corner[:, None] + stock.GRASS_DIM * offsets
+
+
+class FastCarRacing(stock.CarRacing):
+    """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
+
+    The stock class transforms some 800 polygons a frame in Python, of which about 50 are visible. Here numpy
+    transforms and culls them all at once and the visible ones go to the same pygame calls.
+
+    Set `drawing = False` to leave frames undrawn: `step` then returns None as observation, and `draw()` makes up
+    for the last one.
+    """
+
+    drawing = True
+    _score = 0.0  # what the last frame shows; the stock class draws before it subtracts the step's 0.1
+    _font = None
+    _grass = _grass_squares()
+
+    def draw(self):
+        """Draw the last undrawn step as the stock class would have, uint8 (96, 96, 3)."""
+        reward, self.reward, drawing, self.drawing = self.reward, self._score, self.drawing, True
+        self.state = self._render("state_pixels")
+        self.reward, self.drawing = reward, drawing
+        return self.state
+
+    def _create_track(self):
+        if not super()._create_track():
+            return False
+        self._road = np.array([polygon for polygon, _ in self.road_poly], dtype=np.float64)
+        return True
+
+    def _render(self, mode):
+        if mode == "state_pixels":
+            self._score = self.reward
+            if not self.drawing:
+                return None
+        return super()._render(mode)
+
+    def _render_road(self, zoom, translation, angle):
+        corner = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
+        self._draw_visible(corner, [self.bg_color], zoom, translation, angle)
+        self._draw_visible(self._grass, [self.grass_color] * len(self._grass), zoom, translation, angle)
+        # tile colours change in place when a tile is visited, so they are read now
+        self._draw_visible(self._road, [color for _, color in self.road_poly], zoom, translation, angle)
+
+    def _draw_visible(self, polygons, colors, zoom, translation, angle):
+        """Transform world polygons, float64 (N, 4, 2), to the screen and draw those that touch it."""
+        cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
+        x, y = polygons[..., 0], polygons[..., 1]
+        points = np.stack(
+            [(cos * x - sin * y) * zoom + translation[0], (sin * x + cos * y) * zoom + translation[1]], axis=-1
+        )
+        size = (stock.WINDOW_W, stock.WINDOW_H)
+        visible = ((points.max(1) > -2) & (points.min(1) < np.add(size, 2))).all(1)
+        for i in np.flatnonzero(visible):
+            corners, color = points[i].tolist(), [int(c) for c in colors[i]]
+            gfxdraw.aapolygon(self.surf, corners, color)
+            gfxdraw.filled_polygon(self.surf, corners, color)
+
+
+class FrameSkip(gym.Wrapper):
+    """Repeat each action `skip` frames, sum the rewards, draw only the last frame.
+
+    Goes outside the time limit, so that an episode has `MAX_FRAMES` frames whatever the skip; an episode that ends
+    inside a skip stops there and its last frame is drawn. With `draw=False` nothing is drawn and observations are None.
+    """
+
+    def __init__(self, env, skip, draw=True):
+        super().__init__(env)
+        self.skip, self.draw = skip, draw
+
+    def reset(self, *, seed=None, options=None):
+        self.unwrapped.drawing = self.draw
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        total = 0.0
+        for frame in range(self.skip):
+            self.unwrapped.drawing = self.draw and frame == self.skip - 1
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        if obs is None and self.draw:
+            obs = self.unwrapped.draw()
+        return obs, total, terminated, truncated, info
+
+
+def episode_end(terminated, truncated, info):
+    """How an episode of the plain task ended: "lap", "field" (left the playfield), "time", or "" while it runs."""
+    if terminated:
+        return "lap" if info["lap_finished"] else "field"
+    return "time" if truncated else ""
+
+
+class TrainingRewards(gym.Wrapper):
+    """Training only: clipped rewards, penalties, an early stop on grass and a logged track seed per episode.
+
+    Track seeds are drawn below `tracks` from the wrapper's own generator, so a logged `track_seed` replays its
+    track; a seed given to `reset` restarts that generator. The early stop is a termination with a penalty, never a
+    truncation. When an episode ends, `info` holds its true return (`episode_return`), frames (`episode_length`), `end`
+    ("lap", "field", "time", "grass") and `track_seed`.
+    """
+
+    def __init__(self, env, seed, *, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty):
+        super().__init__(env)
+        self.rng = np.random.default_rng(seed)
+        self.tracks, self.reward_clip, self.miss_penalty = tracks, reward_clip, miss_penalty
+        self.grass_limit, self.grass_penalty = grass_limit, grass_penalty
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self.track_seed = int(self.rng.integers(self.tracks))
+        self.episode_return, self.on_grass, self.front, self.missed = 0.0, 0, 0, 0
+        obs, info = self.env.reset(seed=self.track_seed, options=options)
+        self.frames_before = self._frames()
+        return obs, info | {"track_seed": self.track_seed}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        car = self.unwrapped.car
+        self.episode_return += reward
+        reward = float(np.clip(reward, -self.reward_clip, self.reward_clip))
+
+        touched = [tile.idx for wheel in car.wheels for tile in wheel.tiles]
+        # the start line lies behind the car: a tile far ahead of the front one is one behind it
+        self.front = max([self.front, *(i for i in touched if i - self.front < 30)])
+        missed = max(self.missed, self.front + 1 - self.unwrapped.tile_visited_count)
+        reward -= self.miss_penalty * (missed - self.missed)
+        self.missed = missed
+
+        end = episode_end(terminated, truncated, info)
+        self.on_grass = 0 if touched else self.on_grass + self.env.skip
+        if self.on_grass >= self.grass_limit and not end:
+            reward, terminated, end = reward - self.grass_penalty, True, "grass"
+        if end:
+            info = info | {
+                "episode_return": self.episode_return,
+                "episode_length": self._frames() - self.frames_before,
+                "end": end,
+                "track_seed": self.track_seed,
+            }
+        return obs, reward, terminated, truncated, info
+
+    def _frames(self):
+        return round(self.unwrapped.t * stock.FPS)
+
+
+def make_env(frame_skip, draw=True, **kwargs):
+    """The plain task: CarRacing with five discrete actions, `frame_skip` frames per decision, at most 1000 frames.
+
+    Keyword arguments go to `CarRacing`. With `draw=False` observations are None: for drivers that see the state.
+    """
+    env = FastCarRacing(continuous=False, **kwargs)
+    return FrameSkip(gym.wrappers.TimeLimit(env, MAX_FRAMES), frame_skip, draw)
+
+
+def make_training_env(seed, frame_skip, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, draw=True):
+    """The plain task inside `TrainingRewards`; every value is an argument, so that spawned workers get them too."""
+    return TrainingRewards(
+        make_env(frame_skip, draw),
+        seed,
+        tracks=tracks,
+        reward_clip=reward_clip,
+        grass_limit=grass_limit,
+        grass_penalty=grass_penalty,
+        miss_penalty=miss_penalty,
+    )

@@ -1,0 +1,239 @@
+"""Train the teacher that collect_captions.py lets drive: PPO on privileged simulator state, nothing drawn.
+
+Reads nothing. Writes offline/teacher.safetensors (the best on the validation tracks by mean - 0.5 std), its log
+offline/teacher_log.csv and a resumable offline/teacher_state.pt (not in git).
+
+    python -m offline.train_teacher
+"""
+
+import csv
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import car_racing_env
+import collect_captions
+import ppo_git_with_prompt as ppo
+
+OUTPUT = Path(__file__).parent / "teacher.safetensors"
+SEED = 0
+RESUME = True
+
+NUM_WORKERS = 2  # processes, each with its own environments and a copy of the policy
+ENVS_PER_WORKER = 16
+NUM_STEPS = 512  # decisions per environment and update
+TOTAL_UPDATES = 400  # x 16,384 decisions
+BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
+BURST_LONGEST = 7  # decisions
+
+LEARNING_RATE = 5e-4  # falls linearly to a tenth
+GAMMA = 0.995  # per decision; 0.99 rewards haste, and haste is what misses tiles
+GAE_LAMBDA = 0.95
+CLIP = 0.2
+ENTROPY_COEF = 0.003
+VALUE_COEF = 0.5
+EPOCHS = 6
+MINIBATCH = 2048
+MAX_GRAD_NORM = 0.5
+
+EVAL_EVERY = 20  # updates
+EVAL_TRACKS = range(100_000, 100_100)
+
+
+class Critic(nn.Module):
+    """Value of privileged state plus what only the critic may know: time, visited share, missed tiles."""
+
+    def __init__(self, state_size, hidden_size=128):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(state_size + 3, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size), nn.Tanh(),
+            nn.Linear(hidden_size, 1),
+        )  # fmt: skip
+
+    def forward(self, state):
+        return self.net(state)[:, 0]
+
+
+def start_worker(rank, counter, seed):
+    """Build this process's environments."""
+    global ENVS, EVAL_ENV, OBS
+    torch.set_num_threads(1)
+    with counter.get_lock():
+        rank = counter.value
+        counter.value += 1
+    torch.manual_seed(seed * 1000 + rank)
+    ENVS = []
+    for i in range(ENVS_PER_WORKER):
+        env_seed = (seed * 1000 + rank) * 1000 + i
+        env = car_racing_env.make_training_env(
+            env_seed,
+            car_racing_env.FRAME_SKIP,
+            car_racing_env.TRAIN_TRACKS,
+            car_racing_env.REWARD_CLIP,
+            car_racing_env.GRASS_LIMIT,
+            car_racing_env.GRASS_PENALTY,
+            car_racing_env.MISS_PENALTY,
+            draw=False,
+        )
+        env = collect_captions.RandomBursts(env, env_seed, BURST_START, BURST_LONGEST)
+        ENVS.append(collect_captions.PrivilegedState(env, collect_captions.TILES_AHEAD))
+    EVAL_ENV = collect_captions.PrivilegedState(
+        car_racing_env.make_env(car_racing_env.FRAME_SKIP, draw=False), collect_captions.TILES_AHEAD
+    )
+    OBS = [critic_state(env, env.reset()[0]) for env in ENVS]
+
+
+def critic_state(env, state):
+    base, rewards = env.unwrapped, env.env.env
+    return np.append(
+        state,
+        np.float32([base.t * 0.05, base.tile_visited_count / len(base.track), min(rewards.missed, 5) / 5]),
+    )
+
+
+@torch.no_grad()
+def rollout(weights):
+    """NUM_STEPS decisions in each environment of this process; a dict of tensors (T, N, ...)."""
+    actor, critic = networks()
+    actor.load_state_dict(weights[0]), critic.load_state_dict(weights[1])
+    size = len(OBS[0]) - 3
+    data = {k: [] for k in ["state", "action", "log_prob", "value", "reward", "terminated", "done"]}
+    next_value = torch.zeros(NUM_STEPS, len(ENVS))
+    episodes = []
+    for t in range(NUM_STEPS):
+        state = torch.from_numpy(np.stack(OBS))
+        log_probs = actor(state[:, :size]).log_softmax(-1)
+        action = torch.multinomial(log_probs.exp(), 1)
+        value = critic(state)
+        if t:
+            done = data["done"][-1].bool()
+            next_value[t - 1] = torch.where(done, next_value[t - 1], value)
+        reward, terminated, dones = np.zeros((3, len(ENVS)), dtype=np.float32)
+        for i, env in enumerate(ENVS):
+            state_i, reward[i], terminated[i], truncated, info = env.step(int(action[i]))
+            OBS[i] = critic_state(env, state_i)
+            dones[i] = terminated[i] or truncated
+            if dones[i]:
+                if truncated and not terminated[i]:
+                    next_value[t, i] = critic(torch.from_numpy(OBS[i])[None])[0]
+                episodes.append((info["episode_return"], info["episode_length"], info["end"]))
+                OBS[i] = critic_state(env, env.reset()[0])
+        for key, x in [
+            ("state", state), ("action", action[:, 0]), ("log_prob", log_probs.gather(1, action)[:, 0]),
+            ("value", value), ("reward", torch.from_numpy(reward)), ("terminated", torch.from_numpy(terminated)),
+            ("done", torch.from_numpy(dones)),
+        ]:  # fmt: skip
+            data[key].append(x)
+    done = data["done"][-1].bool()
+    next_value[-1] = torch.where(done, next_value[-1], critic(torch.from_numpy(np.stack(OBS))))
+    data = {key: torch.stack(x).numpy() for key, x in data.items()}
+    return data | {"next_value": next_value.numpy()}, episodes
+
+
+@torch.no_grad()
+def drive(job):
+    """Greedy return on one track."""
+    weights, track = job
+    actor, _ = networks()
+    actor.load_state_dict(weights)
+    state, _ = EVAL_ENV.reset(seed=track)
+    total, end = 0.0, ""
+    while not end:
+        action = int(actor(torch.from_numpy(state)[None])[0].argmax())
+        state, reward, terminated, truncated, info = EVAL_ENV.step(action)
+        total += reward
+        end = car_racing_env.episode_end(terminated, truncated, info)
+    return total, end
+
+
+def networks():
+    size = 15 + 2 * collect_captions.TILES_AHEAD
+    return collect_captions.Teacher(size), Critic(size)
+
+
+def main():
+    torch.manual_seed(SEED)
+    torch.set_num_threads(2)
+    actor, critic = networks()
+    actor.net[-1].weight.data *= 0.01
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=1e-5)
+    normalizer = ppo.ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)
+    first, best, seconds = 1, -np.inf, 0.0
+    state_file, log_file = OUTPUT.with_name("teacher_state.pt"), OUTPUT.with_name("teacher_log.csv")
+    if RESUME and state_file.exists():
+        saved = torch.load(state_file, weights_only=True)
+        actor.load_state_dict(saved["actor"]), critic.load_state_dict(saved["critic"])
+        optimizer.load_state_dict(saved["optimizer"]), normalizer.load_state_dict(saved["normalizer"])
+        first, best, seconds = saved["update"] + 1, saved["best"], saved["seconds"]
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    began = time.time() - seconds
+    with context.Pool(NUM_WORKERS, start_worker, (0, counter, SEED + 7919 * (first - 1))) as pool:
+        for update in range(first, TOTAL_UPDATES + 1):
+            weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in (actor, critic)]
+            results = pool.map(rollout, [weights] * NUM_WORKERS, chunksize=1)
+            episodes = [e for _, done in results for e in done]
+            data = {k: torch.from_numpy(np.concatenate([d[k] for d, _ in results], 1)) for k in results[0][0]}
+            reward = torch.stack([normalizer(*step) for step in zip(data["reward"], data["terminated"])])
+            advantage, returns = ppo.compute_gae(
+                reward, data["value"], data["next_value"], data["terminated"], data["done"], GAMMA, GAE_LAMBDA
+            )
+            batch = {k: data[k].flatten(0, 1) for k in ["state", "action", "log_prob", "value"]}
+            batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.9 * (update - 1) / TOTAL_UPDATES)
+            stats = []
+            for _ in range(EPOCHS):
+                for rows in torch.randperm(len(batch["action"])).split(MINIBATCH):
+                    b = {k: x[rows] for k, x in batch.items()}
+                    a = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
+                    loss, diagnostics = ppo.ppo_loss(
+                        actor(b["state"][:, :-3]), critic(b["state"]), b["action"], b["log_prob"], a, b["returns"],
+                        CLIP, ENTROPY_COEF, VALUE_COEF,
+                    )  # fmt: skip
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                    optimizer.step()
+                    stats.append(diagnostics)
+            row = {
+                "update": update,
+                "decisions": update * len(batch["action"]),
+                "return": np.mean([e[0] for e in episodes]) if episodes else float("nan"),
+                "laps": np.mean([e[2] == "lap" for e in episodes]) if episodes else float("nan"),
+                "length": np.mean([e[1] for e in episodes]) if episodes else float("nan"),
+                "entropy": stats[-1]["entropy"].item(),
+                "approx_kl": stats[-1]["approx_kl"].item(),
+                "explained_variance": ppo.explained_variance(batch["value"], batch["returns"]),
+            }
+            if update % EVAL_EVERY == 0 or update == TOTAL_UPDATES:
+                weights = {k: v.clone() for k, v in actor.state_dict().items()}
+                scores, ends = zip(*pool.map(drive, [(weights, track) for track in EVAL_TRACKS], chunksize=5))
+                row |= {
+                    "eval_mean": np.mean(scores), "eval_std": np.std(scores), "eval_min": np.min(scores),
+                    "eval_laps": np.mean([e == "lap" for e in ends]),
+                }  # fmt: skip
+                if np.mean(scores) - 0.5 * np.std(scores) > best:
+                    best = float(np.mean(scores) - 0.5 * np.std(scores))
+                    metadata = {"update": str(update), "eval_mean": f"{np.mean(scores):.1f}", "eval_std": f"{np.std(scores):.1f}"}
+                    save_file(weights, OUTPUT, metadata)
+                torch.save(
+                    {
+                        "actor": actor.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
+                        "normalizer": normalizer.state_dict(), "update": update, "best": best,
+                        "seconds": time.time() - began,
+                    },
+                    state_file,
+                )  # fmt: skip
+            row["seconds"] = time.time() - began
+            print(json.dumps({k: round(float(v), 3) for k, v in row.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
