@@ -5,7 +5,6 @@ the same physics, pixels and rewards as `gym.make("CarRacing-v3", continuous=Fal
 `TrainingRewards` is a separate wrapper that only training scripts put around it.
 """
 
-import math
 
 import gymnasium as gym
 import numpy as np

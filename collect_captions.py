@@ -1,21 +1,57 @@
-"""Teacher parts (being built)."""
+"""Stage 1: a trained policy drives, and each frame it sees becomes an image with an answer in words.
 
+Reads offline/teacher.safetensors (or a PPO policy of stage 3). Writes CarRacing-Data/, an imagefolder dataset: train/ and
+validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet and run.json.
+
+    python collect_captions.py      # 3 minutes on two CPU cores
+
+Then: python train_git_lora_carllava_style.py
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.envs.box2d import car_racing as stock
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 import car_racing_env
+import GitText2ActionWithPrompt as model_file
 
+ROOT = Path(__file__).resolve().parent
+TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
+
+POLICY = TEACHER  # who drives: the teacher's file, or a PPO policy's folder such as "results/policy"
+ANSWER_BY = "teacher"  # who answers: "teacher" (with a PPO policy driving this is DAgger), or "policy", the driver itself
+OUTPUT_DIR = "CarRacing-Data"
+
+TRAIN_FRAMES = 40_000
+VALIDATION_FRAMES = 2_000
+FIRST_TRACK = 0  # training tracks: seeds from here up, below 100,000
+FIRST_VALIDATION_TRACK = 100_000  # validation tracks: seeds from here up, to 100,099
+KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
+BURST_START = 0.04  # chance per decision that random actions take over, so that recoveries are in the data
+BURST_LONGEST = 7  # decisions
+STUCK_LIMIT = 100  # frames below walking pace after which an episode counts as stuck and is dropped
+NUM_WORKERS = 2  # processes
 
 
 class PrivilegedState(gym.Wrapper):
-    """Replace the frame by what the simulator knows, float32 (15 + 2 * tiles_ahead,), roughly in [-1, 1].
+    """Add `info["state"]`: what the simulator knows, float32 (15 + 2 * tiles_ahead,), roughly in [-1, 1].
 
     Car: forward and sideways speed, yaw rate, steering angle, four wheel speeds, four wheels on the road, offset from
     the middle of the road, sine and cosine of the heading against the road; then the next `tiles_ahead` points of the
@@ -25,19 +61,19 @@ class PrivilegedState(gym.Wrapper):
     def __init__(self, env, tiles_ahead):
         super().__init__(env)
         self.tiles_ahead = tiles_ahead
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (15 + 2 * tiles_ahead,), np.float32)
 
     def reset(self, *, seed=None, options=None):
-        _, info = self.env.reset(seed=seed, options=options)
+        obs, info = self.env.reset(seed=seed, options=options)
         self.track = np.array(self.unwrapped.track)  # (N, 4): alpha, heading, x, y
-        self.tile = 0
-        return self.state(), info
+        self.tile = 0  # the nearest one, followed along the road: tracks can pass close to themselves
+        return obs, info | {"state": self.state()}
 
     def step(self, action):
-        _, reward, terminated, truncated, info = self.env.step(action)
-        return self.state(), reward, terminated, truncated, info
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info | {"state": self.state()}
 
     def state(self):
+        """The privileged state of this moment."""
         car = self.unwrapped.car
         hull = car.hull
         sin, cos = np.sin(hull.angle), np.cos(hull.angle)
@@ -103,3 +139,201 @@ class Teacher(nn.Module):
 
     def forward(self, state):
         return self.net(state)
+
+
+def load_teacher(path=None):
+    """The teacher from its safetensors file, ready to act."""
+    path = ROOT / (path or TEACHER)
+    if not path.exists():
+        raise FileNotFoundError(f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher")
+    weights = load_file(path)
+    teacher = Teacher(weights["net.0.weight"].shape[1], weights["net.0.weight"].shape[0])
+    teacher.load_state_dict(weights)
+    return teacher.eval().requires_grad_(False)
+
+
+def start_worker(constants):
+    """Give a spawned process the parent's constants, a quiet torch and the drivers."""
+    global DRIVER, ANSWERER
+    globals().update(constants)
+    torch.set_num_threads(1)
+    ANSWERER = load_teacher()
+    DRIVER = None if Path(POLICY).suffix else model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+
+
+@torch.no_grad()
+def collect_episode(job):
+    """Drive one track and write its kept frames: `(track_seed, folder)` -> metadata rows, [] if the car got stuck.
+
+    Everything random comes from the track seed, so the dataset does not depend on the number of workers.
+    """
+    track_seed, folder = job
+    rng = np.random.default_rng(track_seed)
+    env = car_racing_env.make_env(car_racing_env.FRAME_SKIP, draw=False)
+    env = PrivilegedState(RandomBursts(env, track_seed, BURST_START, BURST_LONGEST), TILES_AHEAD)
+    base = env.unwrapped
+    to_answer = {action: answer for answer, action in model_file.ANSWERS.items()}
+    _, info = env.reset(seed=track_seed)
+    rows, frames, slow, end = [], [], 0, ""
+    while not end and slow < STUCK_LIMIT:
+        keep = rng.random() < KEEP
+        frame = base.draw() if keep or DRIVER else None
+        action = said = int(ANSWERER(torch.from_numpy(info["state"])[None]).argmax())
+        if DRIVER:
+            action = list(model_file.ANSWERS.values())[int(DRIVER(frame[None])[0].argmax())]
+            said = said if ANSWER_BY == "teacher" else action
+        if keep:
+            frames.append(frame)
+            name = f"{track_seed:06d}_{round(base.t * stock.FPS) - 1:04d}.png"
+            rows.append({"file_name": name, "text": to_answer[said], "prompt": model_file.PROMPT, "action": said,
+                         "track_seed": track_seed, "frame": round(base.t * stock.FPS) - 1})  # fmt: skip
+        _, _, terminated, truncated, info = env.step(action)
+        end = car_racing_env.episode_end(terminated, truncated, info)
+        moving = base.car.hull.linearVelocity.length > 2 or base.t < 1
+        slow = 0 if moving else slow + car_racing_env.FRAME_SKIP
+    if slow >= STUCK_LIMIT:
+        return []
+    for row, frame in zip(rows, frames):
+        Image.fromarray(frame).save(Path(folder) / row["file_name"])
+    return rows
+
+
+def collect_split(pool, folder, first_track, tracks, num_frames):
+    """Fill one split's folder with `num_frames` frames and its metadata.jsonl; returns the rows and stuck episodes."""
+    folder.mkdir(parents=True)
+    rows, stuck = [], 0
+    jobs = ((track, str(folder)) for track in range(first_track, first_track + tracks))
+    with tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar:
+        for episode in pool.imap(collect_episode, jobs):
+            stuck += not episode
+            rows += episode
+            bar.update(min(len(episode), num_frames - bar.n))
+            if len(rows) >= num_frames:
+                break
+        else:
+            raise RuntimeError(f"{tracks} tracks gave {len(rows)} frames for {folder.name}/: raise KEEP or ask for fewer")
+    rows = rows[:num_frames]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows, stuck
+
+
+def contact_sheet(rows, folder, path, columns=8):
+    """A picture of evenly spread frames of every answer, each with its answer written below."""
+    scale, height = 2, 96 * 2 + 18
+    chosen = []
+    for answer in model_file.ANSWERS:
+        said = [row for row in rows if row["text"] == answer]
+        chosen.append([said[i] for i in np.linspace(0, len(said) - 1, min(columns, len(said))).astype(int)])
+    sheet = Image.new("RGB", (columns * (96 * scale + 4), len(chosen) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, line in enumerate(chosen):
+        for x, row in enumerate(line):
+            with Image.open(folder / row["file_name"]) as frame:
+                sheet.paste(frame.resize((96 * scale, 96 * scale), Image.NEAREST), (x * (96 * scale + 4), y * height))
+            draw.text((x * (96 * scale + 4) + 2, y * height + 96 * scale + 3), f"{row['text']}  (track {row['track_seed']}, frame {row['frame']})", "black")  # fmt: skip
+    sheet.save(path)
+
+
+def write_run(folder, script, began):
+    """Write `run.json`: the script's constants, git commit, library versions, machine and wall time."""
+    folder = Path(folder)
+    facts = {
+        "script": Path(script["__file__"]).name,
+        "constants": {k: v for k, v in script.items() if k.isupper() and isinstance(v, (int, float, str, bool, list, tuple))},
+        "frame_skip": car_racing_env.FRAME_SKIP,
+        **run_facts(),
+        "seconds": round(time.time() - began, 1),
+    }
+    partial = folder / "run.json.partial"
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(folder / "run.json")
+
+
+def run_facts():
+    """Git commit (with "+" if the tree has changes), library versions and machine of this run."""
+    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT).stdout.strip()  # noqa: E731
+    packages = ["torch", "transformers", "peft", "gymnasium", "numpy", "pygame-ce"]
+    return {
+        "git_commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+    }
+
+
+def main():
+    began = time.time()
+    output = ROOT / OUTPUT_DIR
+    partial = output.with_name(output.name + ".partial")
+    driver = "the teacher" if Path(POLICY).suffix else f"the policy in {POLICY}/"
+    print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/")
+    if (output / "metadata.jsonl").exists() or (output / "train").exists():
+        print(f"replaces what is in {OUTPUT_DIR}/ when done; the shipped sample comes back with: git checkout {OUTPUT_DIR}")
+    shutil.rmtree(partial, ignore_errors=True)
+    constants = {k: v for k, v in globals().items() if k.isupper() and k not in ("DRIVER", "ANSWERER")}
+    with multiprocessing.get_context("spawn").Pool(NUM_WORKERS, start_worker, (constants,)) as pool:
+        # validation first: it is short, and a mistake shows early
+        splits = {
+            "validation": collect_split(pool, partial / "validation", FIRST_VALIDATION_TRACK, 100, VALIDATION_FRAMES),
+            "train": collect_split(pool, partial / "train", FIRST_TRACK, 100_000 - FIRST_TRACK, TRAIN_FRAMES),
+        }
+    for split, (rows, _) in splits.items():  # frames of the last episodes that were not needed
+        needed = {row["file_name"] for row in rows}
+        for path in (partial / split).glob("*.png"):
+            if path.name not in needed:
+                path.unlink()
+    counts = {split: Counter(row["text"] for row in rows) for split, (rows, _) in splits.items()}
+    contact_sheet(splits["train"][0], partial / "train", partial / "contact_sheet.png")
+    (partial / "README.md").write_text(card(counts, {split: stuck for split, (_, stuck) in splits.items()}))
+    write_run(partial, globals(), began)
+    output.mkdir(exist_ok=True)
+    for item in partial.iterdir():
+        target = output / item.name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        item.rename(target)
+    partial.rmdir()
+    print(table(counts))
+    print(f"wrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s; next: python train_git_lora_carllava_style.py")
+
+
+def table(counts):
+    """Counts per answer and split, as a Markdown table."""
+    lines = ["| answer | train | validation |", "|---|---|---|"]
+    for answer in model_file.ANSWERS:
+        shares = (f"{c[answer]:,} ({c[answer] / c.total():.1%})" for c in (counts["train"], counts["validation"]))
+        lines.append(f"| {answer} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def card(counts, stuck):
+    return f"""---
+license: mit
+task_categories: [visual-question-answering]
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: train/**
+  - split: validation
+    path: validation/**
+---
+# CarRacing captions
+
+{counts["train"].total():,} training and {counts["validation"].total():,} validation frames of Gymnasium's CarRacing (uint8 RGB, 96 x 96),
+each with the answer to "{model_file.PROMPT}". Driver: `{POLICY}`, answers by: {ANSWER_BY}, frame skip {car_racing_env.FRAME_SKIP},
+random bursts of 1-{BURST_LONGEST} decisions (start {BURST_START:.0%}). The splits share no track.
+
+{table(counts)}
+
+Episodes dropped because the car was stuck: {stuck["train"]} training, {stuck["validation"]} validation.
+Columns: `file_name`, `text` (the answer), `prompt`, `action` (the simulator's index), `track_seed`, `frame`.
+
+```python
+datasets.load_dataset("imagefolder", data_dir="{OUTPUT_DIR}")
+```
+
+Made by `collect_captions.py`; its constants, versions and commit are in `run.json`.
+"""
+
+
+if __name__ == "__main__":
+    main()

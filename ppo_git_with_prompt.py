@@ -1,6 +1,66 @@
-"""PPO functions (being built)."""
+"""Stage 3: PPO turns the fine-tuned model's answers into a driver.
 
+Reads the adapter of stage 2 (which names its base). Writes results/: reward_log.csv (a row per episode), update_log.csv,
+eval_log.csv, reward_curve.png, ppo_losses.png, ppo_diagnostics.png, videos, policy/ (the best on the validation tracks),
+state.pt (to resume), run.json and, if TensorBoard is installed, its scalars.
+
+    python ppo_git_with_prompt.py      # 25 minutes on two CPU cores
+
+What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
+epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are
+stored with the rollout, so that the ratio is 1 before the first step; the policy rests while the value warms up.
+"""
+
+import csv
+import functools
+import multiprocessing
+import signal
+import time
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
 import torch
+from tqdm import tqdm
+
+import car_racing_env
+import collect_captions
+import evaluate
+import GitText2ActionWithPrompt as model_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+SEED = 0
+ADAPTER = "lora_git_caption_model_carllava"  # "" asks the base BASE_WITHOUT_ADAPTER, which was never taught to drive
+BASE_WITHOUT_ADAPTER = "offline/git-tiny"
+RESULTS_DIR = "results"
+RESUME = False  # continue from RESULTS_DIR/state.pt
+
+NUM_ENVS = 8  # simulators, each in a process of its own
+NUM_STEPS = 256  # decisions per environment and update
+TOTAL_UPDATES = 100  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
+K_EPOCHS = 5
+MINIBATCH_SIZE = 512  # decisions
+WARMUP_UPDATES = 5  # the value learns alone first: a policy that drives already has much to lose
+LEARNING_RATE = 3e-4  # falls linearly to a tenth; 5e-4 on a warm policy collapsed in one update
+GAMMA = 0.995  # per decision; 0.99 rewards haste, and haste misses tiles
+GAE_LAMBDA = 0.95
+CLIP = 0.2
+ENTROPY_COEF = 0.0
+KL_COEF = 0.01  # pull towards the language model's answers
+VALUE_COEF = 0.5
+MAX_GRAD_NORM = 0.5
+NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted return
+
+TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by the backbone's backward pass
+LORA_RANK, LORA_ALPHA = 8, 16
+LORA_LEARNING_RATE = 1e-4
+
+EVALUATIONS = 6  # evenly spread over the run, besides the one before training
+EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
+VIDEO_EVERY = 200  # finished training episodes; and one after 10
+VIDEO_TRACK = 100_000
 
 
 def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -76,3 +136,352 @@ class ReturnNormalizer:
 def explained_variance(value, returns):
     """1 - Var(returns - value) / Var(returns): 1 is perfect, 0 as good as the mean."""
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
+
+
+def make_worker_env(rank, frame_skip, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, seed):
+    """One training environment; in a worker process Ctrl-C is left to the main process, which saves first."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return car_racing_env.make_training_env(
+        seed * 10_000 + rank, frame_skip, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty
+    )
+
+
+def make_envs(seed):
+    """NUM_ENVS training environments side by side; started before torch starts its threads."""
+    world = car_racing_env
+    settings = dict(
+        frame_skip=world.FRAME_SKIP, tracks=world.TRAIN_TRACKS, reward_clip=world.REWARD_CLIP,
+        grass_limit=world.GRASS_LIMIT, grass_penalty=world.GRASS_PENALTY, miss_penalty=world.MISS_PENALTY, seed=seed,
+    )  # fmt: skip
+    factories = [functools.partial(make_worker_env, rank, **settings) for rank in range(NUM_ENVS)]
+    return gym.vector.AsyncVectorEnv(factories, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def load_model():
+    """The fine-tuned model that ADAPTER names, with a fresh LoRA if TRAIN_LORA."""
+    if ADAPTER:
+        model = evaluate.load_answerer(ADAPTER)
+    else:
+        model = model_file.GitText2ActionWithPrompt.from_pretrained(BASE_WITHOUT_ADAPTER)
+    if TRAIN_LORA:
+        model.add_lora(LORA_RANK, LORA_ALPHA)
+    return model
+
+
+def policy_facts():
+    """What a saved policy must remember to be loaded again."""
+    base = model_file.read_task(collect_captions.ROOT / ADAPTER)["base_model"] if ADAPTER else BASE_WITHOUT_ADAPTER
+    lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA} if TRAIN_LORA else {}
+    return {"base_model": base, "adapter": ADAPTER, "frame_skip": car_racing_env.FRAME_SKIP} | lora
+
+
+@torch.no_grad()
+def collect_rollout(envs, frames, model):
+    """NUM_STEPS decisions in every environment.
+
+    Returns the next frames, a dict of tensors (T, N, ...) and the finished episodes as `(decision, info)` pairs.
+    """
+    rollout, episodes = {}, []
+    for t in range(NUM_STEPS):
+        features, answer_log_probs = model.encode(frames)
+        dropout = model.draw_dropout(NUM_ENVS)
+        logits, value = model.head(features, answer_log_probs, dropout)
+        log_probs = logits.log_softmax(-1)
+        action = torch.multinomial(log_probs.exp(), 1)[:, 0]
+        step = {
+            "features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action,
+            "log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value,
+        }  # fmt: skip
+        if TRAIN_LORA:
+            step["frames"] = torch.from_numpy(frames.copy())
+        frames, reward, terminated, truncated, infos = envs.step(evaluate.SIM_ACTIONS[action.cpu().numpy()])
+        step |= {
+            "reward": torch.from_numpy(reward).float(), "terminated": torch.from_numpy(terminated).float(),
+            "done": torch.from_numpy(terminated | truncated).float(), "final_value": torch.zeros(NUM_ENVS),
+        }  # fmt: skip
+        for i in np.flatnonzero(terminated | truncated):
+            episodes.append((t, {key: infos["final_info"][key][i] for key in ("episode_return", "episode_length", "end", "track_seed")}))
+            if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
+                step["final_value"][i] = model(infos["final_obs"][i][None])[1][0]
+        for key, x in step.items():
+            rollout.setdefault(key, []).append(x)
+    rollout = {key: torch.stack(x) for key, x in rollout.items()}
+    next_value = torch.cat([rollout["value"][1:], model(frames)[1][None]])
+    rollout["next_value"] = torch.where(rollout["done"].bool(), rollout.pop("final_value"), next_value)
+    return frames, rollout, episodes
+
+
+def update_policy(model, optimizer, batch, warming_up):
+    """K_EPOCHS over one batch of decisions; returns mean diagnostics. While warming up only the value learns."""
+    check_ratio(model, batch)
+    totals, steps = {}, 0
+    for _ in range(K_EPOCHS):
+        for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
+            b = {key: x[rows] for key, x in batch.items()}
+            features = model.features(b["frames"]) if TRAIN_LORA else b["features"]
+            logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
+            advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
+            loss, diagnostics = ppo_loss(
+                logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP, ENTROPY_COEF, VALUE_COEF
+            )
+            log_probs, prior = logits.log_softmax(-1), model.prior(b["answer_log_probs"]).log_softmax(-1)
+            kl_to_answers = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
+            loss = VALUE_COEF * 0.5 * (value - b["returns"]).square().mean() if warming_up else loss + KL_COEF * kl_to_answers
+            if not torch.isfinite(loss):
+                raise FloatingPointError("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)
+            optimizer.step()
+            diagnostics["kl_to_answers"] = kl_to_answers.detach()
+            totals = {key: totals.get(key, 0.0) + x.item() for key, x in diagnostics.items()}
+            steps += 1
+    return {key: x / steps for key, x in totals.items()}
+
+
+@torch.no_grad()
+def check_ratio(model, batch):
+    """Before the first step the new policy is the old one: fail loudly if dropout masks or features were not kept."""
+    logits, _ = model.head(batch["features"], batch["answer_log_probs"], batch["dropout"])
+    log_prob = logits.log_softmax(-1).gather(1, batch["action"][:, None])[:, 0]
+    error = ((log_prob - batch["log_prob"]).exp() - 1).abs().max().item()
+    if error > 1e-4:
+        raise RuntimeError(f"the policy ratio is off by {error:.2g} before the first step: the rollout does not fit the policy")
+
+
+class Log:
+    """A CSV file that grows by one flushed row at a time; a resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path, resume_after=None):
+        self.path, self.fields = path, None
+        rows = read_log(path) if resume_after is not None and path.exists() else []
+        path.unlink(missing_ok=True)
+        for row in rows:
+            if int(row["update"]) <= resume_after:
+                self.write(row)
+
+    def write(self, row):
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields or list(row))
+            if self.fields is None:
+                self.fields = list(row)
+                writer.writeheader()
+            writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()})
+
+
+def read_log(path):
+    """The rows of a CSV log as dicts of strings; [] if it is not there."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def draw_reward_curve(results):
+    """reward_curve.png from the CSV files: episodes, their moving mean, evaluations with error bars, 900, answers alone."""
+    episodes, evaluations = read_log(results / "reward_log.csv"), read_log(results / "eval_log.csv")
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    if episodes:
+        frames = np.array([int(row["env_frames"]) for row in episodes])
+        returns = np.array([float(row["return"]) for row in episodes])
+        axis.plot(frames, returns, ".", color="tab:blue", alpha=0.25, ms=4, label="training episodes (sampled actions, early stop)")
+        window = min(50, len(returns))
+        mean = np.convolve(returns, np.ones(window) / window, "valid")
+        axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
+    policy = [row for row in evaluations if row["driver"] == "policy"]
+    if policy:
+        x, mean, std = ([float(row[key]) for row in policy] for key in ("env_frames", "mean", "std"))
+        axis.errorbar(x, mean, std, fmt="o-", color="tab:orange", capsize=3, label=f"greedy on {len(EVAL_TRACKS)} validation tracks ± std")
+    for row in evaluations:
+        if row["driver"] == "answers":
+            axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
+    axis.axhline(900, color="grey", ls=":", label="900: solved")
+    axis.set(xlabel="environment frames", ylabel="return", ylim=(-110, 1000))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.grid(alpha=0.3)
+    figure.savefig(results / "reward_curve.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_updates(results, name, columns):
+    """One small graph per column of update_log.csv, side by side, in RESULTS_DIR/<name>.png."""
+    rows = read_log(results / "update_log.csv")
+    figure, axes = plt.subplots(1, len(columns), figsize=(2.9 * len(columns), 2.7), layout="constrained")
+    for axis, column in zip(axes, columns):
+        axis.plot([int(row["env_frames"]) for row in rows], [float(row[column]) for row in rows], lw=1)
+        axis.set(title=column, xlabel="environment frames")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.grid(alpha=0.3)
+    figure.savefig(results / f"{name}.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_graphs(results):
+    draw_reward_curve(results)
+    if read_log(results / "update_log.csv"):
+        draw_updates(results, "ppo_losses", ["policy_loss", "value_loss", "entropy", "kl_to_answers"])
+        draw_updates(results, "ppo_diagnostics", ["approx_kl", "clipfrac", "explained_variance", "decisions_per_second"])
+
+
+def tensorboard(folder):
+    """TensorBoard's writer, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
+
+
+def check_constants():
+    """Fail early, naming the constant."""
+    for name in ("NUM_ENVS", "NUM_STEPS", "TOTAL_UPDATES", "K_EPOCHS", "MINIBATCH_SIZE"):
+        value = globals()[name]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} = {value!r} in ppo_git_with_prompt.py: it must be a whole number, 1 or more")
+    if not 0 < GAMMA < 1 or not 0 <= GAE_LAMBDA <= 1:
+        raise ValueError("GAMMA must lie between 0 and 1, GAE_LAMBDA in [0, 1] (ppo_git_with_prompt.py)")
+
+
+def main():
+    check_constants()
+    began = time.time()
+    results = collect_captions.ROOT / RESULTS_DIR
+    results.mkdir(parents=True, exist_ok=True)
+    state_file, state = results / "state.pt", None
+    if RESUME:
+        if not state_file.exists():
+            raise FileNotFoundError(f"RESUME = True, but there is no {RESULTS_DIR}/state.pt: set it to False to start anew")
+        state = torch.load(state_file, weights_only=True)
+    first_update = state["update"] + 1 if state else 1
+    envs = make_envs(SEED + 1000 * (first_update - 1))
+    writer = None
+    try:
+        torch.manual_seed(SEED)
+        model = load_model()
+        heads = [p for name, p in model.named_parameters() if "_head." in name]
+        groups = [{"params": heads, "lr": LEARNING_RATE}]
+        if TRAIN_LORA:
+            lora = [p for name, p in model.named_parameters() if "lora_" in name]
+            groups.append({"params": lora, "lr": LORA_LEARNING_RATE})
+        optimizer = torch.optim.Adam(groups, eps=1e-5)
+        peak_rates = [group["lr"] for group in groups]
+        normalizer = ReturnNormalizer(NUM_ENVS, GAMMA)
+        episode, env_frames, best = 0, 0, -np.inf
+        if state:
+            model.load_state_dict(state["model"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            normalizer.load_state_dict(state["normalizer"])
+            torch.set_rng_state(state["rng"])
+            episode, env_frames, best = state["episode"], state["env_frames"], state["best"]
+        frames_per_update = NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
+        print(
+            f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in {NUM_ENVS} environments, "
+            f"{sum(p.numel() for g in groups for p in g['params']):,} parameters train; writes {RESULTS_DIR}/"
+        )
+        resume_after = state["update"] if state else None
+        reward_log, update_log, eval_log = (
+            Log(results / f"{name}_log.csv", resume_after) for name in ("reward", "update", "eval")
+        )
+        writer = tensorboard(results / "tensorboard")
+        driver = evaluate.Policy(model)
+
+        def run_evaluation(update, name, act):
+            scores = evaluate.evaluate(act, EVAL_TRACKS, evaluate.NUM_ENVS)
+            summary = evaluate.summarize(scores)
+            eval_log.write({"update": update, "env_frames": env_frames, "driver": name, **summary})
+            draw_graphs(results)
+            if writer:
+                writer.add_scalar(f"eval/{name}_return", summary["mean"], env_frames)
+            tqdm.write(
+                f"update {update}, {name}: {summary['mean']:.1f} ± {summary['std']:.1f} over {len(scores)} validation tracks, "
+                f"{summary['laps_finished_percent']:.0f} % laps"
+            )
+            return summary["mean"] - 0.5 * summary["std"]
+
+        if not state:
+            run_evaluation(0, "answers", evaluate.Answers(model))
+            best = run_evaluation(0, "policy", driver)
+            model.save_policy(results / "policy", **policy_facts())
+        frames, _ = envs.reset()
+        recent = []
+        bar = tqdm(range(first_update, TOTAL_UPDATES + 1), initial=first_update - 1, total=TOTAL_UPDATES, unit="update")
+        for update in bar:
+            started = time.time()
+            decay = 1 - 0.9 * (update - 1) / TOTAL_UPDATES
+            for group, peak in zip(optimizer.param_groups, peak_rates):
+                group["lr"] = peak * decay
+            frames, rollout, episodes = collect_rollout(envs, frames, model)
+            rollout_seconds = time.time() - started
+            reward = rollout["reward"]
+            if NORMALIZE_RETURN:
+                reward = torch.stack([normalizer(*step) for step in zip(reward, rollout["done"])])
+            advantage, returns = compute_gae(
+                reward, rollout["value"], rollout["next_value"], rollout["terminated"], rollout["done"], GAMMA, GAE_LAMBDA
+            )
+            keys = ["features", "answer_log_probs", "dropout", "action", "log_prob", "value"] + ["frames"] * TRAIN_LORA
+            batch = {key: rollout[key].flatten(0, 1) for key in keys}
+            batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
+            diagnostics = update_policy(model, optimizer, batch, warming_up=update <= WARMUP_UPDATES)
+
+            for decision, info in episodes:
+                episode += 1
+                reward_log.write({
+                    "episode": episode, "update": update,
+                    "env_frames": env_frames + (decision + 1) * NUM_ENVS * car_racing_env.FRAME_SKIP,
+                    "return": float(info["episode_return"]), "length": int(info["episode_length"]),
+                    "end": info["end"], "track_seed": int(info["track_seed"]),
+                })  # fmt: skip
+                recent = [*recent, float(info["episode_return"])][-50:]
+                if writer:
+                    writer.add_scalar("charts/episodic_return", info["episode_return"], env_frames)
+                if episode == 10 or episode % VIDEO_EVERY == 0:
+                    evaluate.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
+            env_frames += frames_per_update
+            seconds = time.time() - started
+            row = {
+                "update": update, "env_frames": env_frames, "learning_rate": optimizer.param_groups[0]["lr"], **diagnostics,
+                "explained_variance": explained_variance(batch["value"], batch["returns"]),
+                "decisions_per_second": NUM_ENVS * NUM_STEPS / seconds, "update_share": 1 - rollout_seconds / seconds,
+                "seconds": seconds,
+            }  # fmt: skip
+            update_log.write(row)
+            if writer:
+                for key, x in row.items():
+                    writer.add_scalar(f"losses/{key}", x, env_frames)
+            bar.set_postfix(reward=f"{np.mean(recent):.0f}" if recent else "-", fps=f"{frames_per_update / seconds:.0f}")
+            evaluations_done = update * EVALUATIONS // TOTAL_UPDATES
+            if evaluations_done > (update - 1) * EVALUATIONS // TOTAL_UPDATES:
+                score = run_evaluation(update, "policy", driver)
+                if score > best:
+                    best = score
+                    model.save_policy(results / "policy", **policy_facts())
+            if update % 10 == 0 or update == TOTAL_UPDATES:
+                trained = {name: p.detach() for name, p in model.named_parameters() if model._is_trained(name)}
+                partial = results / "state.pt.partial"
+                torch.save(
+                    {
+                        "model": trained, "optimizer": optimizer.state_dict(), "normalizer": normalizer.state_dict(),
+                        "rng": torch.get_rng_state(), "update": update, "episode": episode, "env_frames": env_frames,
+                        "best": float(best),
+                    },
+                    partial,
+                )  # fmt: skip
+                partial.replace(state_file)
+        best_driver = evaluate.Policy(model_file.GitText2ActionWithPrompt.from_policy(results / "policy"))
+        total = evaluate.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
+        print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues")
+    finally:
+        envs.close()
+        if writer:
+            writer.close()
+        if read_log(results / "eval_log.csv"):
+            draw_graphs(results)
+        collect_captions.write_run(results, globals(), began)
+    print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ offline/teacher_log.csv and a resumable offline/teacher_state.pt (not in git).
     python -m offline.train_teacher
 """
 
-import csv
 import json
 import multiprocessing
 import time
@@ -28,7 +27,7 @@ RESUME = True
 NUM_WORKERS = 2  # processes, each with its own environments and a copy of the policy
 ENVS_PER_WORKER = 16
 NUM_STEPS = 512  # decisions per environment and update
-TOTAL_UPDATES = 400  # x 16,384 decisions
+TOTAL_UPDATES = 280  # x 16,384 decisions
 BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
 BURST_LONGEST = 7  # decisions
 
@@ -86,13 +85,13 @@ def start_worker(rank, counter, seed):
     EVAL_ENV = collect_captions.PrivilegedState(
         car_racing_env.make_env(car_racing_env.FRAME_SKIP, draw=False), collect_captions.TILES_AHEAD
     )
-    OBS = [critic_state(env, env.reset()[0]) for env in ENVS]
+    OBS = [critic_state(env, env.reset()[1]) for env in ENVS]
 
 
-def critic_state(env, state):
+def critic_state(env, info):
     base, rewards = env.unwrapped, env.env.env
     return np.append(
-        state,
+        info["state"],
         np.float32([base.t * 0.05, base.tile_visited_count / len(base.track), min(rewards.missed, 5) / 5]),
     )
 
@@ -116,14 +115,14 @@ def rollout(weights):
             next_value[t - 1] = torch.where(done, next_value[t - 1], value)
         reward, terminated, dones = np.zeros((3, len(ENVS)), dtype=np.float32)
         for i, env in enumerate(ENVS):
-            state_i, reward[i], terminated[i], truncated, info = env.step(int(action[i]))
-            OBS[i] = critic_state(env, state_i)
+            _, reward[i], terminated[i], truncated, info = env.step(int(action[i]))
+            OBS[i] = critic_state(env, info)
             dones[i] = terminated[i] or truncated
             if dones[i]:
                 if truncated and not terminated[i]:
                     next_value[t, i] = critic(torch.from_numpy(OBS[i])[None])[0]
                 episodes.append((info["episode_return"], info["episode_length"], info["end"]))
-                OBS[i] = critic_state(env, env.reset()[0])
+                OBS[i] = critic_state(env, env.reset()[1])
         for key, x in [
             ("state", state), ("action", action[:, 0]), ("log_prob", log_probs.gather(1, action)[:, 0]),
             ("value", value), ("reward", torch.from_numpy(reward)), ("terminated", torch.from_numpy(terminated)),
@@ -142,11 +141,11 @@ def drive(job):
     weights, track = job
     actor, _ = networks()
     actor.load_state_dict(weights)
-    state, _ = EVAL_ENV.reset(seed=track)
+    _, info = EVAL_ENV.reset(seed=track)
     total, end = 0.0, ""
     while not end:
-        action = int(actor(torch.from_numpy(state)[None])[0].argmax())
-        state, reward, terminated, truncated, info = EVAL_ENV.step(action)
+        action = int(actor(torch.from_numpy(info["state"])[None])[0].argmax())
+        _, reward, terminated, truncated, info = EVAL_ENV.step(action)
         total += reward
         end = car_racing_env.episode_end(terminated, truncated, info)
     return total, end
@@ -166,7 +165,7 @@ def main():
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=1e-5)
     normalizer = ppo.ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)
     first, best, seconds = 1, -np.inf, 0.0
-    state_file, log_file = OUTPUT.with_name("teacher_state.pt"), OUTPUT.with_name("teacher_log.csv")
+    state_file = OUTPUT.with_name("teacher_state.pt")
     if RESUME and state_file.exists():
         saved = torch.load(state_file, weights_only=True)
         actor.load_state_dict(saved["actor"]), critic.load_state_dict(saved["critic"])

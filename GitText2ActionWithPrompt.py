@@ -1,0 +1,333 @@
+"""The model: a GIT vision-language model asked what the vehicle should do, with a policy head on its answer.
+
+Reads a GIT base and (optionally) a LoRA adapter and a policy folder; writes a policy folder. Shared by every script.
+
+GIT reads the image rows first and then the text, causally; image rows never see the text. So one pass of the image
+through the decoder gives keys and values that any text can attend to: `see` computes them, `read` uses them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+ROOT = Path(__file__).resolve().parent
+
+PROMPT = "What should the vehicle do in this scenario?"
+# in logit order: no-op, accelerate, left, right, brake -> the simulator's own index (its 1 is right and its 2 is left)
+ANSWERS = {"Coast": 0, "Accelerate": 3, "Turn left": 2, "Turn right": 1, "Brake": 4}
+
+LANGUAGE_PRIOR = 1.0  # weight of the answers' log-probabilities in the action logits; 0 is a plain policy head
+PRIOR_FLOOR = 0.02  # share of the prior spread over all answers, so that every action stays explorable
+HEAD_SIZE = 256  # the head's expanded hidden layer
+DROPOUT = 0.1  # in the head, while training only
+MAX_ANSWER_TOKENS = 6
+
+TASK_FILE = "task.json"  # beside an adapter: what it was trained for
+# every linear layer of decoder, image encoder, projection and word output, by full name: "output" alone also hits blocks
+LORA_TARGETS = (
+    r"(git\.(encoder|image_encoder)\..*\.(query|key|value|dense|q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+    r"|git\.visual_projection\.visual_projection\.0|output)"
+)
+
+
+def preprocess(frames, image_processor):
+    """Frames as GIT wants them, in one batched step that fine-tuning and driving share.
+
+    `frames` uint8 (B, H, W, 3), numpy or torch -> float32 (B, 3, S, S), S the processor's size, normalised with its mean
+    and standard deviation; equal to the processor itself where no resizing is needed.
+    """
+    frames = torch.as_tensor(frames)
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
+    size = image_processor.size
+    size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+    pixels = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    if pixels.shape[-2:] != size:
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
+    mean, std = (
+        torch.tensor(x, dtype=torch.float32, device=pixels.device)[:, None, None]
+        for x in (image_processor.image_mean, image_processor.image_std)
+    )
+    return (pixels * image_processor.rescale_factor - mean) / std
+
+
+def prompt_ids(tokenizer, prompt=None):
+    """Token ids of [CLS] and the prompt, no [SEP]: the answer follows directly."""
+    ids = tokenizer(PROMPT if prompt is None else prompt, add_special_tokens=False).input_ids
+    return [tokenizer.cls_token_id, *ids]
+
+
+def answer_ids(tokenizer):
+    """Token ids of each answer without [SEP]: one word each, or two that all share their first word.
+
+    Raises ValueError naming the answers that one forward pass cannot score.
+    """
+    ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in ANSWERS]
+    first_of_two = {x[0] for x in ids if len(x) == 2}
+    bad = [
+        answer
+        for answer, x in zip(ANSWERS, ids)
+        if len(x) not in (1, 2) or len(first_of_two) > 1 or (len(x) == 1 and x[0] in first_of_two)
+    ]
+    if bad or len({tuple(x) for x in ids}) < len(ids):
+        raise ValueError(
+            f"ANSWERS {bad or list(ANSWERS)} cannot be scored in one pass: use different answers of one token, or of two "
+            f"that share the first (now {[tokenizer.convert_ids_to_tokens(x) for x in ids]})"
+        )
+    return ids
+
+
+def parse_answer(text):
+    """The answer that a generated text says, or None: letter case and surrounding blanks do not matter."""
+    return next((answer for answer in ANSWERS if answer.casefold() == text.strip().casefold()), None)
+
+
+def fingerprint(git):
+    """A short hash of a base model's weights, stored with an adapter so that it is not put on another base."""
+    weights = git.git.embeddings.word_embeddings.weight, git.git.image_encoder.vision_model.embeddings.patch_embedding.weight
+    return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:16]
+
+
+def read_task(adapter):
+    """The `task.json` of an adapter folder: base model, its fingerprint, prompt, answers, frame skip."""
+    path = Path(adapter) / TASK_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter in {adapter}/: run train_git_lora_carllava_style.py first")
+    return json.loads(path.read_text())
+
+
+def load_base(base_model):
+    """A GIT base and its processor, from a folder relative to the repository, any folder or the Hub."""
+    local = ROOT / base_model
+    source = local if local.exists() else base_model
+    return AutoModelForCausalLM.from_pretrained(source), AutoProcessor.from_pretrained(source)
+
+
+class GitText2ActionWithPrompt(nn.Module):
+    """GIT + fixed prompt + policy head: frames uint8 (B, 96, 96, 3) in, five action logits and a value out.
+
+    The head's last layer starts at zero, so the untrained policy is the language model's own answer; the value starts
+    at zero. The backbone is frozen and in eval mode unless `add_lora` is called.
+    """
+
+    def __init__(self, git, processor):
+        super().__init__()
+        self.git, self.processor, self.has_lora = git, processor, False
+        tokenizer = processor.tokenizer
+        self.prompt, self.answers = prompt_ids(tokenizer), answer_ids(tokenizer)
+        self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
+        hidden = git.config.hidden_size
+        self.policy_head = nn.Sequential(nn.Linear(hidden, HEAD_SIZE), nn.Tanh(), nn.Linear(HEAD_SIZE, len(ANSWERS)))
+        self.value_head = nn.Sequential(nn.Linear(hidden, HEAD_SIZE), nn.Tanh(), nn.Linear(HEAD_SIZE, 1))
+        for head in (self.policy_head, self.value_head):
+            nn.init.orthogonal_(head[0].weight, 2**0.5)
+            nn.init.zeros_(head[0].bias), nn.init.zeros_(head[2].weight), nn.init.zeros_(head[2].bias)
+
+    @classmethod
+    def from_pretrained(cls, base_model, adapter=None):
+        """Load a GIT base and merge the LoRA adapter into it; `adapter=None` takes the base as it is."""
+        git, processor = load_base(base_model)
+        if adapter is not None:
+            task = read_task(adapter)
+            if task["base_fingerprint"] != fingerprint(git):
+                raise ValueError(
+                    f"{adapter}/ was trained on another base ({task['base_model']}) than {base_model}: "
+                    "rerun train_git_lora_carllava_style.py with this BASE_MODEL"
+                )
+            for name, ours in (("prompt", PROMPT), ("answers", list(ANSWERS))):
+                if task[name] != ours:
+                    raise ValueError(
+                        f"{adapter}/ was trained with {name} {task[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
+                        "put it back or rerun collect_captions.py and train_git_lora_carllava_style.py"
+                    )
+            git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
+        return cls(git.eval().requires_grad_(False), processor)
+
+    @classmethod
+    def from_policy(cls, folder):
+        """Load a policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
+        folder = Path(folder)
+        if not (folder / "policy.json").exists():
+            raise FileNotFoundError(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
+        facts = json.loads((folder / "policy.json").read_text())
+        model = cls.from_pretrained(facts["base_model"], ROOT / facts["adapter"] if facts["adapter"] else None)
+        model.load_policy(folder)
+        return model
+
+    def add_lora(self, rank, alpha):
+        """Add a fresh, trainable LoRA to the (merged) backbone; `with model.git.disable_adapter()` is the answerer."""
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)
+        self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
+
+    @property
+    def device(self):
+        return self.policy_head[0].weight.device
+
+    # the backbone
+
+    def see(self, frames):
+        """What each decoder layer makes of the image: a list of (key, value), each (B, heads, image rows, head size)."""
+        git = self._backbone().git
+        pixels = preprocess(frames, self.processor.image_processor).to(self.device)
+        hidden = git.visual_projection(git.image_encoder(pixels).last_hidden_state)
+        memory = []
+        for i, layer in enumerate(git.encoder.layer):
+            memory.append(_keys_and_values(layer, hidden))
+            if i + 1 < len(git.encoder.layer):
+                hidden = _attend(layer, hidden, *memory[-1])
+        return memory
+
+    def read(self, memory, tokens):
+        """Decoder states of a text that sees the image: `tokens` (T,) or (B, T) -> (B, T, hidden)."""
+        git = self._backbone().git
+        tokens = torch.as_tensor(tokens, device=self.device)
+        hidden = git.embeddings(tokens if tokens.ndim == 2 else tokens[None]).expand(len(memory[0][0]), -1, -1)
+        text, image = hidden.shape[1], memory[0][0].shape[2]
+        mask = torch.ones(text, image + text, dtype=torch.bool, device=self.device).tril(image)
+        for layer, (image_key, image_value) in zip(git.encoder.layer, memory):
+            key, value = _keys_and_values(layer, hidden)
+            hidden = _attend(layer, hidden, torch.cat([image_key, key], 2), torch.cat([image_value, value], 2), mask)
+        return hidden
+
+    def encode(self, frames):
+        """One pass: `features` (B, hidden), the last prompt token's state, and `answer_log_probs` (B, 5).
+
+        The log-likelihood of each whole answer without [SEP], renormalised over the five. Prompt plus the shared first
+        word ("turn") is all the text it takes.
+        """
+        if self.has_lora:  # the answers are those of the fine-tuned model underneath
+            with self.git.disable_adapter():
+                answer_log_probs = self._read_answers(frames)[1]
+            return self.features(frames), answer_log_probs
+        return self._read_answers(frames)
+
+    def _read_answers(self, frames):
+        states = self.read(self.see(frames), self.prompt + self.shared_word)
+        last = len(self.prompt) - 1
+        words = self._backbone().output(states[:, last:]).log_softmax(-1)
+        scores = torch.stack([sum(words[:, i, word] for i, word in enumerate(x)) for x in self.answers], 1)
+        return states[:, last], scores.log_softmax(-1)
+
+    def features(self, frames):
+        """Hidden state of the last prompt token, the one that predicts the answer's first word: (B, hidden)."""
+        return self.read(self.see(frames), self.prompt)[:, -1]
+
+    def answer_log_probs(self, frames):
+        """Log-probability of each of the five answers, normalised over them: (B, 5)."""
+        return self.encode(frames)[1]
+
+    @torch.no_grad()
+    def answer(self, frames):
+        """Greedily generated words, one string per frame: one of ANSWERS, or whatever else the model says."""
+        memory, tokenizer = self.see(frames), self.processor.tokenizer
+        tokens = torch.tensor(self.prompt, device=self.device).expand(len(frames), -1)
+        for _ in range(MAX_ANSWER_TOKENS):
+            word = self._backbone().output(self.read(memory, tokens)[:, -1]).argmax(-1)
+            tokens = torch.cat([tokens, word[:, None]], 1)
+            ended = (tokens[:, len(self.prompt) :] == tokenizer.sep_token_id).any(1)
+            if ended.all():
+                break
+        rows = tokens[:, len(self.prompt) :].tolist()
+        words = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in words]
+        return [parse_answer(text) or text for text in texts]
+
+    # the policy
+
+    def head(self, features, answer_log_probs, dropout=None):
+        """Action logits (B, 5) and value (B,) from stored features.
+
+        `dropout` float32 (B, HEAD_SIZE) multiplies the policy's hidden layer: the masks drawn by `draw_dropout` at the
+        time of acting, stored with the rollout. None, as in evaluation, drops nothing.
+        """
+        hidden = self.policy_head[:2](features)
+        if dropout is not None:
+            hidden = hidden * dropout
+        return self.prior(answer_log_probs) + self.policy_head[2](hidden), self.value_head(features)[:, 0]
+
+    def prior(self, answer_log_probs):
+        """The language model's share of the action logits: (B, 5)."""
+        p = answer_log_probs.exp()
+        return LANGUAGE_PRIOR * torch.log((1 - PRIOR_FLOOR) * p + PRIOR_FLOOR / p.shape[-1])
+
+    def draw_dropout(self, batch_size):
+        """Dropout masks for `head`: 0 with probability DROPOUT, else 1 / (1 - DROPOUT), float32 (B, HEAD_SIZE)."""
+        return F.dropout(torch.ones(batch_size, HEAD_SIZE, device=self.device), DROPOUT)
+
+    def forward(self, frames):
+        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,)."""
+        return self.head(*self.encode(frames))
+
+    # files
+
+    def save_policy(self, folder, **facts):
+        """Write `policy.safetensors` (the trained weights) and `policy.json` (`facts`: base, adapter, frame skip...)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: p.detach().contiguous() for name, p in self.named_parameters() if self._is_trained(name)}
+        facts = facts | {
+            "prompt": PROMPT, "answers": list(ANSWERS), "language_prior": LANGUAGE_PRIOR,
+            "prior_floor": PRIOR_FLOOR, "head_size": HEAD_SIZE,
+        }  # fmt: skip
+        for name, write in (
+            ("policy.safetensors", lambda path: save_file(weights, path)),
+            ("policy.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n")),
+        ):
+            partial = folder / f"{name}.partial"
+            write(partial)
+            partial.replace(folder / name)
+
+    def load_policy(self, folder):
+        """Load what `save_policy` wrote into this model and return its facts."""
+        folder = Path(folder)
+        facts = json.loads((folder / "policy.json").read_text())
+        for name, ours in (
+            ("prompt", PROMPT), ("answers", list(ANSWERS)), ("language_prior", LANGUAGE_PRIOR),
+            ("prior_floor", PRIOR_FLOOR), ("head_size", HEAD_SIZE),
+        ):  # fmt: skip
+            if facts[name] != ours:
+                raise ValueError(
+                    f"{folder}/ was trained with {name} {facts[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
+                    "put the constant back or rerun ppo_git_with_prompt.py"
+                )
+        weights = load_file(folder / "policy.safetensors")
+        if facts.get("lora_rank") and not self.has_lora:
+            self.add_lora(facts["lora_rank"], facts["lora_alpha"])
+        expected = {name: p for name, p in self.named_parameters() if self._is_trained(name)}
+        bad = [n for n in expected.keys() | weights.keys() if n not in weights or n not in expected
+               or weights[n].shape != expected[n].shape]  # fmt: skip
+        if bad:
+            raise ValueError(f"{folder}/policy.safetensors does not fit this model: {', '.join(sorted(bad)[:3])}")
+        self.load_state_dict(weights, strict=False)
+        return facts
+
+    def _is_trained(self, name):
+        return "_head." in name or "lora_" in name
+
+    def _backbone(self):
+        """The `GitForCausalLM`, with or without a PEFT model around it."""
+        return self.git.get_base_model() if isinstance(self.git, PeftModel) else self.git
+
+
+def _keys_and_values(layer, hidden):
+    attention = layer.attention.self
+    return _heads(attention, attention.key(hidden)), _heads(attention, attention.value(hidden))
+
+
+def _attend(layer, hidden, key, value, mask=None):
+    """One GIT decoder layer for the rows `hidden` (B, T, D) over given keys and values."""
+    attention = layer.attention.self
+    query = _heads(attention, attention.query(hidden))
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return layer.feed_forward_chunk(layer.attention.output(context.transpose(1, 2).flatten(2), hidden))
+
+
+def _heads(attention, x):
+    return x.view(*x.shape[:2], attention.num_attention_heads, attention.attention_head_size).transpose(1, 2)

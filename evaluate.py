@@ -1,0 +1,275 @@
+"""Drive a fixed set of tracks with any driver and write what it scored.
+
+Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
+words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>.json and, if asked, a video.
+The task is the plain one: no reward shaping, no early stop, 1000 frames at most.
+
+    python evaluate.py      # 100 tracks of the PPO policy: 5 minutes on two CPU cores
+"""
+
+import functools
+import json
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import car_racing_env
+import collect_captions
+import GitText2ActionWithPrompt as model_file
+
+DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
+FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,100-100,199 held out, 200,000-200,099 test
+NUM_TRACKS = 100
+NUM_ENVS = 8  # simulated side by side, each in a process of its own
+ADAPTER = "lora_git_caption_model_carllava"  # for "answers"
+POLICY = "results/policy"  # for "policy"
+RESULTS_DIR = "results"
+VIDEO = True  # also film the first track
+SEED = 0  # of the random driver
+
+DRIVERS = ("random", "teacher", "answers", "policy")
+SIM_ACTIONS = np.array(list(model_file.ANSWERS.values()))  # logit order -> the simulator's index
+
+
+class Random:
+    """Uniformly random actions."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, frames, infos):
+        return self.rng.integers(5, size=len(frames))
+
+
+class Teacher:
+    """The collecting policy; it reads the simulator's state from `infos`."""
+
+    def __init__(self):
+        self.teacher = collect_captions.load_teacher()
+
+    def __call__(self, frames, infos):
+        return self.teacher(torch.from_numpy(infos["state"])).argmax(1).numpy()
+
+
+class Answers:
+    """The fine-tuned model's generated words; what cannot be parsed is counted and driven as no-op."""
+
+    def __init__(self, model):
+        self.model, self.words, self.unparsable = model, 0, 0
+
+    def __call__(self, frames, infos):
+        texts = self.model.answer(frames)
+        self.words += len(texts)
+        self.unparsable += sum(text not in model_file.ANSWERS for text in texts)
+        return np.array([model_file.ANSWERS.get(text, 0) for text in texts])
+
+
+class Policy:
+    """The most probable action of a model with its policy head."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, frames, infos):
+        return SIM_ACTIONS[self.model(frames)[0].argmax(1).cpu().numpy()]
+
+
+def load_driver(name):
+    """The driver of that name, from the files that the constants point to."""
+    if name == "random":
+        return Random(SEED)
+    if name == "teacher":
+        return Teacher()
+    if name == "answers":
+        return Answers(load_answerer(ADAPTER))
+    if name == "policy":
+        model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
+        check_frame_skip(POLICY, json.loads((collect_captions.ROOT / POLICY / "policy.json").read_text()))
+        return Policy(model)
+    raise ValueError(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
+
+
+def load_answerer(adapter):
+    """The base that an adapter folder names, with the adapter merged."""
+    task = model_file.read_task(collect_captions.ROOT / adapter)
+    check_frame_skip(adapter, task)
+    return model_file.GitText2ActionWithPrompt.from_pretrained(task["base_model"], collect_captions.ROOT / adapter)
+
+
+def check_frame_skip(folder, facts):
+    if facts["frame_skip"] != car_racing_env.FRAME_SKIP:
+        raise ValueError(
+            f"{folder}/ was made with FRAME_SKIP = {facts['frame_skip']}, car_racing_env.py has {car_racing_env.FRAME_SKIP}: "
+            "put it back or rerun the stages"
+        )
+
+
+def make_eval_env(frame_skip, **kwargs):
+    """The plain task with the privileged state in `info` (only the teacher reads it)."""
+    env = car_racing_env.make_env(frame_skip, **kwargs)
+    return collect_captions.PrivilegedState(env, collect_captions.TILES_AHEAD)
+
+
+def evaluate(driver, tracks, num_envs, progress=True):
+    """Drive each track once; returns a list of `{"track_seed", "return", "frames", "end"}` in the order of `tracks`.
+
+    `driver` maps frames uint8 (N, 96, 96, 3) and the vector environment's infos to N simulator actions.
+    """
+    tracks = list(tracks)
+    num_envs = min(num_envs, len(tracks))
+    make = functools.partial(make_eval_env, car_racing_env.FRAME_SKIP)
+    disabled = gym.vector.AutoresetMode.DISABLED
+    envs = gym.vector.AsyncVectorEnv([make] * num_envs, autoreset_mode=disabled)
+    results = {}
+    waiting = tracks[num_envs:]
+    current, returns, frames = tracks[:num_envs], np.zeros(num_envs), np.zeros(num_envs, dtype=int)
+    try:
+        obs, infos = envs.reset(seed=current)
+        with tqdm(total=len(tracks), unit="track", disable=not progress, leave=False) as bar:
+            while len(results) < len(tracks):
+                obs, rewards, terminated, truncated, infos = envs.step(driver(obs, infos))
+                returns += rewards
+                frames += car_racing_env.FRAME_SKIP
+                done = terminated | truncated
+                if not done.any():
+                    continue
+                for i in np.flatnonzero(done):
+                    if current[i] not in results:
+                        info = {"lap_finished": bool(infos.get("lap_finished", np.zeros(num_envs))[i])}
+                        end = car_racing_env.episode_end(terminated[i], truncated[i], info)
+                        length = min(int(frames[i]), car_racing_env.MAX_FRAMES)
+                        results[current[i]] = {
+                            "track_seed": current[i], "return": float(returns[i]), "frames": length, "end": end,
+                        }  # fmt: skip
+                        bar.update()
+                        bar.set_postfix(mean=f"{np.mean([r['return'] for r in results.values()]):.1f}")
+                    # a finished environment without a track left drives its last one again, unrecorded
+                    current[i] = waiting.pop(0) if waiting else current[i]
+                    returns[i], frames[i] = 0.0, 0
+                seeds = [track if done[i] else None for i, track in enumerate(current)]
+                obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
+                infos["state"][done] = reset_infos["state"][done]
+    finally:
+        envs.close()
+    return [results[track] for track in tracks]
+
+
+def summarize(results):
+    """Mean, std, median, extremes, laps and failures of `evaluate`'s list."""
+    returns = np.array([r["return"] for r in results])
+    return {
+        "mean": round(float(returns.mean()), 2),
+        "std": round(float(returns.std()), 2),
+        "median": round(float(np.median(returns)), 2),
+        "min": round(float(returns.min()), 2),
+        "max": round(float(returns.max()), 2),
+        "laps_finished_percent": round(100 * float(np.mean([r["end"] == "lap" for r in results])), 1),
+        "below_500_percent": round(100 * float((returns < 500).mean()), 1),
+    }
+
+
+def write_json(path, facts):
+    """Write a json file that appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(path)
+
+
+@torch.no_grad()
+def record_video(driver, track_seed, path):
+    """Film a driver on one track: the frame large; below it prompt, answer, action, probabilities, speed and return.
+
+    Returns the episode's return. Drivers without a model get the frame, the action and the numbers.
+    """
+    env = make_eval_env(car_racing_env.FRAME_SKIP, render_mode="rgb_array")
+    obs, info = env.reset(seed=track_seed)
+    model = getattr(driver, "model", None)
+    names = {action: answer for answer, action in model_file.ANSWERS.items()}
+    total, end = 0.0, ""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    fps = car_racing_env.stock.FPS / car_racing_env.FRAME_SKIP
+    with imageio.get_writer(partial, fps=fps, codec="libx264", quality=6, macro_block_size=None) as video:
+        while not end:
+            action = int(driver(obs[None], {"state": info["state"][None]})[0])
+            words, probabilities = None, None
+            if model:
+                words = model.answer(obs[None])[0]
+                if isinstance(driver, Answers):
+                    probabilities = model.answer_log_probs(obs[None])[0].exp().tolist()
+                else:
+                    probabilities = model(obs[None])[0][0].softmax(-1).tolist()
+            speed = env.unwrapped.car.hull.linearVelocity.length
+            video.append_data(compose(env.render(), words, names[action], probabilities, speed, total))
+            obs, reward, terminated, truncated, info = env.step(action)
+            total += reward
+            end = car_racing_env.episode_end(terminated, truncated, info)
+    partial.replace(path)
+    return total
+
+
+def compose(frame, answer, action, probabilities, speed, total):
+    """One video frame, uint8 (560, 600, 3): the rendered frame (400, 600, 3) above the panel."""
+    image = Image.new("RGB", (600, 560), (18, 22, 28))
+    image.paste(Image.fromarray(frame))
+    draw = ImageDraw.Draw(image)
+    text = functools.partial(draw.text, font=ImageFont.load_default(15))
+    grey, white, green = (150, 158, 168), (240, 242, 245), (120, 220, 140)
+    text((12, 408), model_file.PROMPT, fill=grey)
+    if answer is not None:
+        draw.text((12, 430), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
+    same = action == answer
+    text((12, 478), f"action   {action}", fill=white if same or answer is None else (255, 190, 90))
+    text((12, 502), f"speed    {speed:.0f}", fill=grey)
+    text((12, 526), f"return   {total:.0f}", fill=grey)
+    for i, name in enumerate(model_file.ANSWERS if probabilities else ()):
+        y = 434 + 24 * i
+        text((300, y), name, fill=white if name == action else grey)
+        draw.rectangle((395, y + 4, 395 + 150, y + 14), fill=(45, 50, 58))
+        draw.rectangle((395, y + 4, 395 + 150 * probabilities[i], y + 14), fill=green if name == action else grey)
+        text((553, y), f"{probabilities[i]:.2f}", fill=grey)
+    return np.asarray(image)
+
+
+def main():
+    began = time.time()
+    driver = load_driver(DRIVER)
+    tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)
+    print(f"{DRIVER} drives tracks {tracks[0]}-{tracks[-1]} of {car_racing_env.ENV_ID}, frame skip {car_racing_env.FRAME_SKIP}")
+    results = evaluate(driver, tracks, NUM_ENVS)
+    summary = summarize(results)
+    if isinstance(driver, Answers):
+        summary["unparsable_answers"] = driver.unparsable
+        summary["answers"] = driver.words
+    path = collect_captions.ROOT / RESULTS_DIR / f"eval_{DRIVER}.json"
+    write_json(
+        path,
+        {
+            "driver": DRIVER, "env_id": car_racing_env.ENV_ID, "frame_skip": car_racing_env.FRAME_SKIP,
+            "tracks": [tracks[0], tracks[-1]], **summary, **collect_captions.run_facts(),
+            "seconds": round(time.time() - began, 1),
+            "returns": [round(r["return"], 2) for r in results], "ends": [r["end"] for r in results],
+            "seeds": list(tracks),
+        },
+    )  # fmt: skip
+    print(f"{summary['mean']:.1f} ± {summary['std']:.1f}, median {summary['median']:.1f}, "
+          f"{summary['laps_finished_percent']:.0f} % laps, {summary['below_500_percent']:.0f} % below 500")  # fmt: skip
+    print(f"wrote {RESULTS_DIR}/{path.name}")
+    if VIDEO:
+        video = path.with_name(f"video_{DRIVER}.mp4")
+        record_video(driver, tracks[0], video)
+        print(f"wrote {RESULTS_DIR}/{video.name}")
+
+
+if __name__ == "__main__":
+    main()
