@@ -198,12 +198,17 @@ def collect_episode(job):
     return rows
 
 
-def collect_split(pool, folder, first_track, tracks, num_frames):
+def collect_split(folder, first_track, tracks, num_frames):
     """Fill one split's folder with `num_frames` frames and its metadata.jsonl; returns the rows and stuck episodes."""
     folder.mkdir(parents=True)
     rows, stuck = [], 0
     jobs = ((track, str(folder)) for track in range(first_track, first_track + tracks))
-    with tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar:
+    constants = {k: v for k, v in globals().items() if k.isupper()}
+    # a pool of its own, ended with the split: `imap` runs far ahead of what is needed
+    with (
+        multiprocessing.get_context("spawn").Pool(NUM_WORKERS, start_worker, (constants,)) as pool,
+        tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar,
+    ):
         for episode in pool.imap(collect_episode, jobs):
             stuck += not episode
             rows += episode
@@ -213,6 +218,10 @@ def collect_split(pool, folder, first_track, tracks, num_frames):
         else:
             raise RuntimeError(f"{tracks} tracks gave {len(rows)} frames for {folder.name}/: raise KEEP or ask for fewer")
     rows = rows[:num_frames]
+    needed = {row["file_name"] for row in rows}
+    for path in folder.glob("*.png"):  # of the last episodes, begun but not needed
+        if path.name not in needed:
+            path.unlink()
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows, stuck
 
@@ -221,7 +230,7 @@ def contact_sheet(rows, folder, path, columns=8):
     """A picture of evenly spread frames of every answer, each with its answer written below."""
     scale, height = 2, 96 * 2 + 18
     chosen = []
-    for answer in model_file.ANSWERS:
+    for answer in sorted({row["text"] for row in rows}, key=list(model_file.ANSWERS).index):
         said = [row for row in rows if row["text"] == answer]
         chosen.append([said[i] for i in np.linspace(0, len(said) - 1, min(columns, len(said))).astype(int)])
     sheet = Image.new("RGB", (columns * (96 * scale + 4), len(chosen) * height), "white")
@@ -269,18 +278,11 @@ def main():
     if (output / "metadata.jsonl").exists() or (output / "train").exists():
         print(f"replaces what is in {OUTPUT_DIR}/ when done; the shipped sample comes back with: git checkout {OUTPUT_DIR}")
     shutil.rmtree(partial, ignore_errors=True)
-    constants = {k: v for k, v in globals().items() if k.isupper() and k not in ("DRIVER", "ANSWERER")}
-    with multiprocessing.get_context("spawn").Pool(NUM_WORKERS, start_worker, (constants,)) as pool:
-        # validation first: it is short, and a mistake shows early
-        splits = {
-            "validation": collect_split(pool, partial / "validation", FIRST_VALIDATION_TRACK, 100, VALIDATION_FRAMES),
-            "train": collect_split(pool, partial / "train", FIRST_TRACK, 100_000 - FIRST_TRACK, TRAIN_FRAMES),
-        }
-    for split, (rows, _) in splits.items():  # frames of the last episodes that were not needed
-        needed = {row["file_name"] for row in rows}
-        for path in (partial / split).glob("*.png"):
-            if path.name not in needed:
-                path.unlink()
+    # validation first: it is short, and a mistake shows early
+    splits = {
+        "validation": collect_split(partial / "validation", FIRST_VALIDATION_TRACK, 100, VALIDATION_FRAMES),
+        "train": collect_split(partial / "train", FIRST_TRACK, 100_000 - FIRST_TRACK, TRAIN_FRAMES),
+    }
     counts = {split: Counter(row["text"] for row in rows) for split, (rows, _) in splits.items()}
     contact_sheet(splits["train"][0], partial / "train", partial / "contact_sheet.png")
     (partial / "README.md").write_text(card(counts, {split: stuck for split, (_, stuck) in splits.items()}))

@@ -42,7 +42,7 @@ NUM_WORKERS = 2
 IMAGE_SIZE, PATCH_SIZE, WIDTH, VISION_LAYERS, TEXT_LAYERS, HEADS = 96, 12, 128, 4, 3, 4
 INITIALIZER_RANGE = WIDTH**-0.5  # the default 0.02 leaves so narrow a model at the class prior for epochs
 
-EPOCHS = 4
+EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule
