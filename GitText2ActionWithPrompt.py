@@ -91,7 +91,10 @@ def parse_answer(text):
 
 def fingerprint(git):
     """A short hash of a base model's weights, stored with an adapter so that it is not put on another base."""
-    weights = git.git.embeddings.word_embeddings.weight, git.git.image_encoder.vision_model.embeddings.patch_embedding.weight
+    weights = (
+        git.git.embeddings.word_embeddings.weight,
+        git.git.image_encoder.vision_model.embeddings.patch_embedding.weight,
+    )
     return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:16]
 
 

@@ -5,7 +5,6 @@ the same physics, pixels and rewards as `gym.make("CarRacing-v3", continuous=Fal
 `TrainingRewards` is a separate wrapper that only training scripts put around it.
 """
 
-
 import gymnasium as gym
 import numpy as np
 import pygame
@@ -21,7 +20,9 @@ TRAIN_TRACKS = 100_000  # track seeds 0 .. TRAIN_TRACKS - 1; the seeds above are
 REWARD_CLIP = 10.0  # bound on the reward of one decision; one tile pays about 3.5, so +-1 would pay two tiles like one
 GRASS_LIMIT = 50  # frames with all four wheels on grass before the episode ends
 GRASS_PENALTY = 10.0  # reward subtracted by that end
-MISS_PENALTY = 10.0  # reward subtracted for each tile left behind unvisited: it costs the lap, some 30 points, much later
+MISS_PENALTY = (
+    10.0  # reward subtracted for each tile left behind unvisited: it costs the lap, some 30 points, much later
+)
 
 
 def _grass_squares():

@@ -36,7 +36,9 @@ TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 
 POLICY = TEACHER  # who drives: the teacher's file, or a PPO policy's folder such as "results/policy"
-ANSWER_BY = "teacher"  # who answers: "teacher" (with a PPO policy driving this is DAgger), or "policy", the driver itself
+ANSWER_BY = (
+    "teacher"  # who answers: "teacher" (with a PPO policy driving this is DAgger), or "policy", the driver itself
+)
 OUTPUT_DIR = "CarRacing-Data"
 
 TRAIN_FRAMES = 40_000
@@ -145,7 +147,9 @@ def load_teacher(path=None):
     """The teacher from its safetensors file, ready to act."""
     path = ROOT / (path or TEACHER)
     if not path.exists():
-        raise FileNotFoundError(f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher")
+        raise FileNotFoundError(
+            f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher"
+        )
     weights = load_file(path)
     teacher = Teacher(weights["net.0.weight"].shape[1], weights["net.0.weight"].shape[0])
     teacher.load_state_dict(weights)
@@ -216,7 +220,9 @@ def collect_split(folder, first_track, tracks, num_frames):
             if len(rows) >= num_frames:
                 break
         else:
-            raise RuntimeError(f"{tracks} tracks gave {len(rows)} frames for {folder.name}/: raise KEEP or ask for fewer")
+            raise RuntimeError(
+                f"{tracks} tracks gave {len(rows)} frames for {folder.name}/: raise KEEP or ask for fewer"
+            )
     rows = rows[:num_frames]
     needed = {row["file_name"] for row in rows}
     for path in folder.glob("*.png"):  # of the last episodes, begun but not needed
@@ -248,7 +254,9 @@ def write_run(folder, script, began):
     folder = Path(folder)
     facts = {
         "script": Path(script["__file__"]).name,
-        "constants": {k: v for k, v in script.items() if k.isupper() and isinstance(v, (int, float, str, bool, list, tuple))},
+        "constants": {
+            k: v for k, v in script.items() if k.isupper() and isinstance(v, (int, float, str, bool, list, tuple))
+        },
         "frame_skip": car_racing_env.FRAME_SKIP,
         **run_facts(),
         "seconds": round(time.time() - began, 1),
@@ -276,7 +284,9 @@ def main():
     driver = "the teacher" if Path(POLICY).suffix else f"the policy in {POLICY}/"
     print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/")
     if (output / "metadata.jsonl").exists() or (output / "train").exists():
-        print(f"replaces what is in {OUTPUT_DIR}/ when done; the shipped sample comes back with: git checkout {OUTPUT_DIR}")
+        print(
+            f"replaces what is in {OUTPUT_DIR}/ when done; the shipped sample comes back with: git checkout {OUTPUT_DIR}"
+        )
     shutil.rmtree(partial, ignore_errors=True)
     # validation first: it is short, and a mistake shows early
     splits = {

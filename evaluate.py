@@ -245,7 +245,9 @@ def main():
     began = time.time()
     driver = load_driver(DRIVER)
     tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)
-    print(f"{DRIVER} drives tracks {tracks[0]}-{tracks[-1]} of {car_racing_env.ENV_ID}, frame skip {car_racing_env.FRAME_SKIP}")
+    print(
+        f"{DRIVER} drives tracks {tracks[0]}-{tracks[-1]} of {car_racing_env.ENV_ID}, frame skip {car_racing_env.FRAME_SKIP}"
+    )
     results = evaluate(driver, tracks, NUM_ENVS)
     summary = summarize(results)
     if isinstance(driver, Answers):

@@ -201,7 +201,15 @@ def collect_rollout(envs, frames, model):
             "done": torch.from_numpy(terminated | truncated).float(), "final_value": torch.zeros(NUM_ENVS),
         }  # fmt: skip
         for i in np.flatnonzero(terminated | truncated):
-            episodes.append((t, {key: infos["final_info"][key][i] for key in ("episode_return", "episode_length", "end", "track_seed")}))
+            episodes.append(
+                (
+                    t,
+                    {
+                        key: infos["final_info"][key][i]
+                        for key in ("episode_return", "episode_length", "end", "track_seed")
+                    },
+                )
+            )
             if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
                 step["final_value"][i] = model(infos["final_obs"][i][None])[1][0]
         for key, x in step.items():
@@ -227,7 +235,11 @@ def update_policy(model, optimizer, batch, warming_up):
             )
             log_probs, prior = logits.log_softmax(-1), model.prior(b["answer_log_probs"]).log_softmax(-1)
             kl_to_answers = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
-            loss = VALUE_COEF * 0.5 * (value - b["returns"]).square().mean() if warming_up else loss + KL_COEF * kl_to_answers
+            loss = (
+                VALUE_COEF * 0.5 * (value - b["returns"]).square().mean()
+                if warming_up
+                else loss + KL_COEF * kl_to_answers
+            )
             if not torch.isfinite(loss):
                 raise FloatingPointError("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
             optimizer.zero_grad()
@@ -247,7 +259,9 @@ def check_ratio(model, batch):
     log_prob = logits.log_softmax(-1).gather(1, batch["action"][:, None])[:, 0]
     error = ((log_prob - batch["log_prob"]).exp() - 1).abs().max().item()
     if error > 1e-4:
-        raise RuntimeError(f"the policy ratio is off by {error:.2g} before the first step: the rollout does not fit the policy")
+        raise RuntimeError(
+            f"the policy ratio is off by {error:.2g} before the first step: the rollout does not fit the policy"
+        )
 
 
 class Log:
@@ -285,14 +299,30 @@ def draw_reward_curve(results):
     if episodes:
         frames = np.array([int(row["env_frames"]) for row in episodes])
         returns = np.array([float(row["return"]) for row in episodes])
-        axis.plot(frames, returns, ".", color="tab:blue", alpha=0.25, ms=4, label="training episodes (sampled actions, early stop)")
+        axis.plot(
+            frames,
+            returns,
+            ".",
+            color="tab:blue",
+            alpha=0.25,
+            ms=4,
+            label="training episodes (sampled actions, early stop)",
+        )
         window = min(50, len(returns))
         mean = np.convolve(returns, np.ones(window) / window, "valid")
         axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
     policy = [row for row in evaluations if row["driver"] == "policy"]
     if policy:
         x, mean, std = ([float(row[key]) for row in policy] for key in ("env_frames", "mean", "std"))
-        axis.errorbar(x, mean, std, fmt="o-", color="tab:orange", capsize=3, label=f"greedy on {len(EVAL_TRACKS)} validation tracks ± std")
+        axis.errorbar(
+            x,
+            mean,
+            std,
+            fmt="o-",
+            color="tab:orange",
+            capsize=3,
+            label=f"greedy on {len(EVAL_TRACKS)} validation tracks ± std",
+        )
     for row in evaluations:
         if row["driver"] == "answers":
             axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
@@ -321,7 +351,9 @@ def draw_graphs(results):
     draw_reward_curve(results)
     if read_log(results / "update_log.csv"):
         draw_updates(results, "ppo_losses", ["policy_loss", "value_loss", "entropy", "kl_to_answers"])
-        draw_updates(results, "ppo_diagnostics", ["approx_kl", "clipfrac", "explained_variance", "decisions_per_second"])
+        draw_updates(
+            results, "ppo_diagnostics", ["approx_kl", "clipfrac", "explained_variance", "decisions_per_second"]
+        )
 
 
 def tensorboard(folder):
@@ -351,7 +383,9 @@ def main():
     state_file, state = results / "state.pt", None
     if RESUME:
         if not state_file.exists():
-            raise FileNotFoundError(f"RESUME = True, but there is no {RESULTS_DIR}/state.pt: set it to False to start anew")
+            raise FileNotFoundError(
+                f"RESUME = True, but there is no {RESULTS_DIR}/state.pt: set it to False to start anew"
+            )
         state = torch.load(state_file, weights_only=True)
     first_update = state["update"] + 1 if state else 1
     envs = make_envs(SEED + 1000 * (first_update - 1))
@@ -417,7 +451,13 @@ def main():
             if NORMALIZE_RETURN:
                 reward = torch.stack([normalizer(*step) for step in zip(reward, rollout["done"])])
             advantage, returns = compute_gae(
-                reward, rollout["value"], rollout["next_value"], rollout["terminated"], rollout["done"], GAMMA, GAE_LAMBDA
+                reward,
+                rollout["value"],
+                rollout["next_value"],
+                rollout["terminated"],
+                rollout["done"],
+                GAMMA,
+                GAE_LAMBDA,
             )
             keys = ["features", "answer_log_probs", "dropout", "action", "log_prob", "value"] + ["frames"] * TRAIN_LORA
             batch = {key: rollout[key].flatten(0, 1) for key in keys}
@@ -449,7 +489,9 @@ def main():
             if writer:
                 for key, x in row.items():
                     writer.add_scalar(f"losses/{key}", x, env_frames)
-            bar.set_postfix(reward=f"{np.mean(recent):.0f}" if recent else "-", fps=f"{frames_per_update / seconds:.0f}")
+            bar.set_postfix(
+                reward=f"{np.mean(recent):.0f}" if recent else "-", fps=f"{frames_per_update / seconds:.0f}"
+            )
             evaluations_done = update * EVALUATIONS // TOTAL_UPDATES
             if evaluations_done > (update - 1) * EVALUATIONS // TOTAL_UPDATES:
                 score = run_evaluation(update, "policy", driver)

@@ -67,7 +67,9 @@ class Captions(torch.utils.data.Dataset):
                 row = json.loads(line)
                 name, text, prompt = row["file_name"], row["text"], row["prompt"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{metadata}:{number} is no caption row ({error!r}): rerun collect_captions.py") from None
+                raise ValueError(
+                    f"{metadata}:{number} is no caption row ({error!r}): rerun collect_captions.py"
+                ) from None
             if text not in answers:
                 raise ValueError(f"{metadata}:{number}: unknown answer {text!r}, ANSWERS are {', '.join(answers)}")
             if prompt != model_file.PROMPT:
@@ -129,7 +131,12 @@ def validate(model, data, batch_size):
         frames, truth = np.stack(frames), torch.tensor(truth)
         logits = model.git(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"]).logits
         logits = logits[:, -batch["labels"].shape[1] :]  # the text rows
-        losses.append((F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100), len(rows)))
+        losses.append(
+            (
+                F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100),
+                len(rows),
+            )
+        )
         last = len(model.prompt) - 1
         first_token.append(F.cross_entropy(logits[:, last], first_words[truth], reduction="sum").item())
         for said, true in zip(model.answer(frames), truth.tolist()):
@@ -147,7 +154,9 @@ def validate(model, data, batch_size):
         "majority_share": float(share.max()),
     }
     for i, answer in enumerate(answers):
-        metrics[f"recall_{answer.lower().replace(' ', '_')}"] = float(confusion[i, i] / counts[i]) if counts[i] else float("nan")
+        metrics[f"recall_{answer.lower().replace(' ', '_')}"] = (
+            float(confusion[i, i] / counts[i]) if counts[i] else float("nan")
+        )
         metrics[f"count_{answer.lower().replace(' ', '_')}"] = int(counts[i])
     return metrics, confusion
 
@@ -166,7 +175,12 @@ class EpochReport(TrainerCallback):
         self.model.eval()
         metrics, confusion = validate(self.model, self.data, args.per_device_eval_batch_size)
         self.model.train()
-        row = {"epoch": round(state.epoch), "average_loss": logs["loss"], **metrics, "seconds": time.time() - self.began}
+        row = {
+            "epoch": round(state.epoch),
+            "average_loss": logs["loss"],
+            **metrics,
+            "seconds": time.time() - self.began,
+        }
         fresh = row["epoch"] == 1 or not self.log.exists()
         with self.log.open("w" if fresh else "a", newline="") as file:
             writer = csv.DictWriter(file, row)
@@ -196,7 +210,9 @@ def draw_loss(log, path):
     left.plot(column("epoch"), column("average_loss"), "o-", label="average loss, training")
     left.plot(column("epoch"), column("validation_loss"), "o-", label="validation loss")
     left.set(xlabel="epoch", ylabel="cross-entropy per answer token (nats)", ylim=(0, None))
-    right.plot(column("epoch"), column("exact_match"), "o-", color="tab:green", label="exact match of generated answers")
+    right.plot(
+        column("epoch"), column("exact_match"), "o-", color="tab:green", label="exact match of generated answers"
+    )
     right.axhline(column("majority_share")[-1], color="grey", ls="--", label="always the commonest answer")
     right.set(xlabel="epoch", ylabel="share of validation frames", ylim=(0, 1))
     for axis in (left, right):
@@ -214,7 +230,15 @@ def draw_confusion(confusion, path):
     figure, axis = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
     axis.imshow(share, cmap="Greens", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(confusion):
-        axis.text(j, i, f"{share[i, j]:.0%}\n{n}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.6 else "black")
+        axis.text(
+            j,
+            i,
+            f"{share[i, j]:.0%}\n{n}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if share[i, j] > 0.6 else "black",
+        )
     axis.set_xticks(range(6), [*answers, "other"], rotation=25), axis.set_yticks(range(5), answers)
     axis.set(xlabel="the model says", ylabel="the teacher answers")
     figure.savefig(path, dpi=130)
@@ -223,7 +247,8 @@ def draw_confusion(confusion, path):
 
 def card(metrics, trainable, total):
     rows = "\n".join(
-        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |" for name, value in metrics.items()
+        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in metrics.items()
     )
     return f"""---
 base_model: {BASE_MODEL}
@@ -267,11 +292,15 @@ def main():
         )
     skip = json.loads((root / DATA_DIR / "run.json").read_text())["frame_skip"]
     if skip != car_racing_env.FRAME_SKIP:
-        raise SystemExit(f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py")
+        raise SystemExit(
+            f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"
+        )
     git, processor = model_file.load_base(BASE_MODEL)
     base_fingerprint = model_file.fingerprint(git)
     git.git.image_encoder.config._attn_implementation = "sdpa"
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS)
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
+    )
     git = get_peft_model(git, config)
     trainable, total = git.get_nb_trainable_parameters()
     print(

@@ -125,11 +125,28 @@ def collect(first_track, num_frames):
 
 def make_processor(answers):
     """WordPiece over the questions' and answers' words, the task's and some others, and the whole alphabet."""
-    texts = [*answers[0], *(a for row in answers for a in row.values()), *NUMBERS, model_file.PROMPT, *model_file.ANSWERS]
-    texts += ["describe the weather like a poet ; please say what you see now and then answer with one word . which way to drive on"]
+    texts = [
+        *answers[0],
+        *(a for row in answers for a in row.values()),
+        *NUMBERS,
+        model_file.PROMPT,
+        *model_file.ANSWERS,
+    ]
+    texts += [
+        "describe the weather like a poet ; please say what you see now and then answer with one word . which way to drive on"
+    ]
     pieces = sorted({w for t in texts for w in t.lower().replace("?", " ?").split()})
     letters = string.ascii_lowercase + string.digits
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *letters, *(f"##{c}" for c in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *string.punctuation,
+        *letters,
+        *(f"##{c}" for c in letters),
+    ]
     vocabulary += [p for p in pieces if p not in vocabulary]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -205,7 +222,9 @@ def main():
             pick = torch.rand(len(rows), tokens.shape[1]).argsort(1)[:, :QUESTIONS_PER_FRAME]
             text, label = tokens[rows[:, None], pick], labels[rows[:, None], pick]
             logits = answer_logits(model, frames[rows], text)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), label.flatten(0, 1)[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), label.flatten(0, 1)[:, 1:].flatten(), ignore_index=-100
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(git.parameters(), 1.0)
@@ -215,7 +234,10 @@ def main():
             bar.update()
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         accuracy, val_loss = evaluate(model, torch.from_numpy(val_frames), val_tokens, val_labels, list(answers[0]))
-        print(f"\nepoch {epoch + 1} loss {np.mean(losses):.4f} validation {val_loss:.4f} {json.dumps(accuracy)}", flush=True)
+        print(
+            f"\nepoch {epoch + 1} loss {np.mean(losses):.4f} validation {val_loss:.4f} {json.dumps(accuracy)}",
+            flush=True,
+        )
         git.save_pretrained(OUTPUT)
         processor.save_pretrained(OUTPUT)
     print(f"{time.time() - began:.0f} s")

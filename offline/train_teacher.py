@@ -220,7 +220,11 @@ def main():
                 }  # fmt: skip
                 if np.mean(scores) - 0.5 * np.std(scores) > best:
                     best = float(np.mean(scores) - 0.5 * np.std(scores))
-                    metadata = {"update": str(update), "eval_mean": f"{np.mean(scores):.1f}", "eval_std": f"{np.std(scores):.1f}"}
+                    metadata = {
+                        "update": str(update),
+                        "eval_mean": f"{np.mean(scores):.1f}",
+                        "eval_std": f"{np.std(scores):.1f}",
+                    }
                     save_file(weights, OUTPUT, metadata)
                 torch.save(
                     {

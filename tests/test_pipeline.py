@@ -41,7 +41,9 @@ def test_a_caption_is_the_frame_the_simulator_draws(pipeline):
 
 
 def test_folders_have_cards_and_run_files(pipeline):
-    assert (pipeline.data / "contact_sheet.png").exists() and "| Turn left |" in (pipeline.data / "README.md").read_text()
+    assert (pipeline.data / "contact_sheet.png").exists() and "| Turn left |" in (
+        pipeline.data / "README.md"
+    ).read_text()
     for folder in (pipeline.data, pipeline.adapter, pipeline.results):
         run = json.loads((folder / "run.json").read_text())
         assert run["frame_skip"] == 2 and run["versions"]["torch"] and run["constants"]

@@ -1,0 +1,216 @@
+"""PPO's pure parts against independent float64 oracles, and the loop at toy size."""
+
+import csv
+import functools
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import GitText2ActionWithPrompt as model_file
+import ppo_git_with_prompt as ppo
+
+
+def random_rollout(seed, steps=40, envs=3):
+    rng = np.random.default_rng(seed)
+    terminated = (rng.random((steps, envs)) < 0.1).astype(float)
+    done = np.maximum(terminated, rng.random((steps, envs)) < 0.1)
+    return rng.normal(size=(3, steps, envs)), terminated, done.astype(float)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gae_is_the_sum_of_its_definition(seed):
+    """Every advantage as an explicit forward sum of discounted TD errors up to the episode's end."""
+    (reward, value, next_value), terminated, done = random_rollout(seed)
+    gamma, lam = 0.97, 0.9
+    expected = np.zeros_like(reward)
+    for t, n in np.ndindex(*reward.shape):
+        weight = 1.0
+        for k in range(t, len(reward)):
+            target = reward[k, n] + gamma * (0.0 if terminated[k, n] else next_value[k, n])
+            expected[t, n] += weight * (target - value[k, n])
+            weight *= gamma * lam
+            if done[k, n]:
+                break
+    advantage, returns = ppo.compute_gae(*map(torch.tensor, (reward, value, next_value, terminated, done)), gamma, lam)
+    assert np.allclose(advantage, expected) and np.allclose(returns, expected + value)
+
+
+def test_ppo_loss_by_hand():
+    rng = np.random.default_rng(0)
+    logits, value, returns, advantage = rng.normal(size=(6, 5)), *rng.normal(size=(3, 6))
+    action, old = rng.integers(5, size=6), rng.normal(-1.5, 0.4, size=6)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    ratio = p[range(6), action] / np.exp(old)
+    surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).mean()
+    entropy = -(p * np.log(p)).sum(1).mean()
+    expected = -surrogate - 0.01 * entropy + 0.5 * 0.5 * ((value - returns) ** 2).mean()
+    loss, diagnostics = ppo.ppo_loss(
+        *map(torch.tensor, (logits, value, action, old, advantage, returns)), 0.2, 0.01, 0.5
+    )
+    assert loss.item() == pytest.approx(expected)
+    assert diagnostics["clipfrac"].item() == pytest.approx((np.abs(ratio - 1) > 0.2).mean())
+
+
+def test_return_normalizer_equals_gymnasium():
+    """One environment's rewards through Gymnasium's own wrapper."""
+
+    class Scripted(gym.Env):
+        observation_space, action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(1)
+
+        def reset(self, seed=None, options=None):
+            return 0, {}
+
+        def step(self, action):
+            reward, end = script[self.t]
+            self.t += 1
+            return 0, reward, bool(end), False, {}
+
+    rng = np.random.default_rng(0)
+    script = list(zip(rng.normal(2, 3, size=200), rng.random(200) < 0.05))
+    env = Scripted()
+    env.t = 0
+    theirs = gym.wrappers.NormalizeReward(env, gamma=0.99, epsilon=1e-8)
+    theirs.reset()
+    ours = ppo.ReturnNormalizer(1, 0.99)
+    for reward, end in script:
+        expected = theirs.step(0)[1]
+        got = ours(torch.tensor([reward]), torch.tensor([float(end)])).item()
+        assert got == pytest.approx(float(expected), rel=1e-6)
+    resumed = ppo.ReturnNormalizer(1, 0.99)
+    resumed.load_state_dict(ours.state_dict())
+    step = torch.tensor([1.0]), torch.tensor([0.0])
+    assert resumed(*step) == ours(*step)
+
+
+def test_ratio_needs_the_stored_masks(toy_model, frames):
+    """With a full-scale last layer, re-drawn dropout moves the policy before the first step; stored masks do not."""
+    torch.nn.init.orthogonal_(toy_model.policy_head[2].weight)
+    with torch.no_grad():
+        features, scores = toy_model.encode(frames)
+        dropout = toy_model.draw_dropout(3)
+        log_probs = toy_model.head(features, scores, dropout)[0].log_softmax(-1)
+    batch = {"features": features, "answer_log_probs": scores, "dropout": dropout, "action": torch.tensor([1, 2, 3])}
+    batch["log_prob"] = log_probs.gather(1, batch["action"][:, None])[:, 0]
+    ppo.check_ratio(toy_model, batch)
+    with pytest.raises(RuntimeError, match="ratio is off"):
+        ppo.check_ratio(toy_model, batch | {"dropout": toy_model.draw_dropout(3)})
+
+
+def learning_batch(model, frames):
+    with torch.no_grad():
+        features, scores = model.encode(frames)
+        dropout = model.draw_dropout(len(frames))
+        logits, value = model.head(features, scores, dropout)
+    action = torch.arange(len(frames)) % 5
+    return {
+        "features": features, "answer_log_probs": scores, "dropout": dropout, "action": action, "value": value,
+        "log_prob": logits.log_softmax(-1).gather(1, action[:, None])[:, 0], "advantage": (action == 1).float(),
+        "returns": torch.ones(len(frames)),
+    }  # fmt: skip
+
+
+def test_update_learns_the_better_action_and_warmup_only_the_value(toy_model, constants):
+    frames = torch.randint(0, 256, (40, 96, 96, 3), dtype=torch.uint8)
+    constants(ppo, MINIBATCH_SIZE=20)
+    batch = learning_batch(toy_model, frames)
+    optimizer = torch.optim.Adam([p for n, p in toy_model.named_parameters() if "_head." in n], lr=1e-2)
+    before = {n: p.clone() for n, p in toy_model.named_parameters()}
+    ppo.update_policy(toy_model, optimizer, batch, warming_up=True)
+    changed = {n for n, p in toy_model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(n.startswith("value_head") for n in changed)
+    p_before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
+    ppo.update_policy(toy_model, optimizer, batch, warming_up=False)
+    p_after = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
+    assert p_after > p_before
+
+
+def test_not_a_number_stops_the_run(toy_model, constants):
+    batch = learning_batch(toy_model, torch.randint(0, 256, (5, 96, 96, 3), dtype=torch.uint8))
+    batch["returns"][0] = float("nan")
+    optimizer = torch.optim.Adam(toy_model.value_head.parameters())
+    with pytest.raises(FloatingPointError, match="LEARNING_RATE"):
+        ppo.update_policy(toy_model, optimizer, batch, warming_up=False)
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def toy_run(constants, toy_base, tmp_path):
+    constants(
+        ppo, ADAPTER="", BASE_WITHOUT_ADAPTER=str(toy_base), RESULTS_DIR=str(tmp_path), NUM_ENVS=2, NUM_STEPS=30,
+        TOTAL_UPDATES=2, EVALUATIONS=1, MINIBATCH_SIZE=30, WARMUP_UPDATES=1, EVAL_TRACKS=range(100_000, 100_001),
+    )  # fmt: skip
+    # evaluation and filming are tested elsewhere: here they would only cost time
+    constants(ppo.evaluate, evaluate=lambda act, tracks, envs: [{"return": 0.0, "end": "time"} for _ in tracks])
+    constants(ppo.evaluate, record_video=lambda driver, track, path: 0.0)
+    return functools.partial(constants, ppo), tmp_path
+
+
+@pytest.mark.parametrize("train_lora", [False, True])
+def test_a_run_writes_everything_and_resumes(toy_run, train_lora):
+    set_constants, folder = toy_run
+    set_constants(TRAIN_LORA=train_lora)
+    ppo.main()
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "reward_log.csv",
+        "update_log.csv",
+        "eval_log.csv",
+        "reward_curve.png",
+        "state.pt",
+        "run.json",
+        "policy",
+    } <= names or (
+        "reward_log.csv" not in names  # no episode ended in so few decisions
+    )
+    assert [row["update"] for row in rows(folder / "update_log.csv")] == ["1", "2"]
+    assert float(rows(folder / "update_log.csv")[0]["approx_kl"]) < 1e-6
+    first = (folder / "update_log.csv").read_text()
+    set_constants(RESUME=True, TOTAL_UPDATES=3)
+    ppo.main()
+    log = rows(folder / "update_log.csv")
+    assert [row["update"] for row in log] == ["1", "2", "3"]
+    assert (folder / "update_log.csv").read_text().startswith(first)
+    assert json.loads((folder / "policy" / "policy.json").read_text())["prompt"] == model_file.PROMPT
+
+
+def test_ctrl_c_keeps_what_was_written(toy_run, monkeypatch, capsys):
+    set_constants, folder = toy_run
+    set_constants(TOTAL_UPDATES=5)
+    original, calls = ppo.update_policy, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(ppo, "update_policy", interrupted)
+    ppo.main()
+    assert "stopped by Ctrl-C" in capsys.readouterr().out
+    assert len(rows(folder / "update_log.csv")) == 2
+    assert (folder / "policy" / "policy.safetensors").exists() and (folder / "reward_curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value", [("NUM_ENVS", 0), ("K_EPOCHS", 2.5), ("GAMMA", 1.0), ("TOTAL_UPDATES", -1), ("MINIBATCH_SIZE", "64")]
+)
+def test_bad_constants_are_named(constants, name, value):
+    constants(ppo, **{name: value})
+    with pytest.raises(ValueError, match=name):
+        ppo.main()
+
+
+def test_missing_state_and_adapter_are_named(constants, tmp_path):
+    constants(ppo, RESULTS_DIR=str(tmp_path), RESUME=True)
+    with pytest.raises(FileNotFoundError, match="no .*state.pt"):
+        ppo.main()
+    constants(ppo, RESUME=False, ADAPTER=str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="run train_git_lora_carllava_style.py first"):
+        ppo.main()

@@ -1,0 +1,112 @@
+"""What stage 2 supervises, measures and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import GitText2ActionWithPrompt as model_file
+import train_git_lora_carllava_style as stage2
+
+
+def write_split(folder, texts, prompt=None):
+    folder.mkdir(parents=True)
+    for i in range(len(texts)):
+        Image.fromarray(np.full((96, 96, 3), 7 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+    rows = [
+        {"file_name": f"{i}.png", "text": text, "prompt": prompt or model_file.PROMPT} for i, text in enumerate(texts)
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_only_the_answer_is_supervised(toy_model, tmp_path):
+    data = stage2.Captions(write_split(tmp_path / "train", list(model_file.ANSWERS)))
+    batch = stage2.Collator(toy_model.processor)([data[i] for i in range(5)])
+    tokenizer = toy_model.processor.tokenizer
+    for ids, labels, answer in zip(batch["input_ids"], batch["labels"], model_file.ANSWERS):
+        supervised = ids[labels != -100].tolist()
+        assert supervised == labels[labels != -100].tolist()
+        assert tokenizer.decode(supervised) == f"{answer.lower()} [SEP]"
+        text = tokenizer.decode([i for i in ids if i != tokenizer.pad_token_id])
+        assert text.replace(" ?", "?") == f"[CLS] {model_file.PROMPT.lower()} {answer.lower()} [SEP]"
+    outputs = toy_model.git(**batch)
+    text = batch["labels"].shape[1]
+    shifted = outputs.logits[:, -text:-1].double()
+    expected = F.cross_entropy(shifted.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_validation_counts_what_the_model_says(toy_model, tmp_path, monkeypatch):
+    data = stage2.Captions(write_split(tmp_path / "v", ["Accelerate"] * 3 + ["Turn left"] * 2))
+    said = iter(["Accelerate", "Accelerate", "Turn left", "Turn left", "nonsense"])
+    monkeypatch.setattr(toy_model, "answer", lambda frames: [next(said) for _ in frames])
+    metrics, confusion = stage2.validate(toy_model, data, batch_size=2)
+    assert metrics["exact_match"] == pytest.approx(3 / 5) and metrics["majority_share"] == pytest.approx(3 / 5)
+    assert metrics["recall_accelerate"] == pytest.approx(2 / 3) and metrics["recall_turn_left"] == 0.5
+    assert metrics["count_turn_left"] == 2 and np.isnan(metrics["recall_brake"])
+    assert confusion[2].tolist() == [0, 0, 1, 0, 0, 1]
+    assert metrics["first_token_entropy"] == pytest.approx(-(0.6 * np.log(0.6) + 0.4 * np.log(0.4)))
+
+
+def test_lora_reaches_every_part(toy_model):
+    toy_model.add_lora(rank=2, alpha=2)
+    parts = {
+        name.split("base_model.model.")[1].split(".lora_")[0]
+        for name, _ in toy_model.named_parameters()
+        if "lora_A" in name
+    }
+    for part in ("git.image_encoder.", "git.encoder.layer.", "git.visual_projection.", "output"):
+        assert any(name.startswith(part) for name in parts), part
+    assert "git.encoder.layer.0.attention.self.query" in parts
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: (d / "metadata.jsonl").unlink(), "run collect_captions.py first"),
+        (lambda d: (d / "metadata.jsonl").write_text(""), "has no rows"),
+        (lambda d: (d / "metadata.jsonl").write_text("{oops\n"), "metadata.jsonl:1 is no caption row"),
+        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "Fly", "prompt": "?"}\n'), "unknown answer 'Fly'"),
+        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "Brake", "prompt": "?"}\n'), "is not PROMPT"),
+    ],
+)  # fmt: skip
+def test_bad_captions_are_named(tmp_path, spoil, message):
+    folder = write_split(tmp_path / "train", ["Brake"])
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        stage2.Captions(folder)
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    folder = write_split(tmp_path / "train", ["Brake"])
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="0.png"):
+        stage2.Captions(folder)[0]
+
+
+def test_the_sample_is_refused(tmp_path, constants):
+    for split in ("train", "validation"):
+        write_split(tmp_path / split, ["Brake", "Accelerate"])
+    constants(stage2, DATA_DIR=str(tmp_path))
+    with pytest.raises(SystemExit, match="only the shipped sample: run collect_captions.py"):
+        stage2.main()
+    (tmp_path / "run.json").write_text('{"frame_skip": 4}')
+    constants(stage2, MIN_FRAMES=1)
+    with pytest.raises(SystemExit, match="FRAME_SKIP = 4"):
+        stage2.main()
+
+
+def test_loss_ignores_padding(toy_model):
+    """A longer padding of the same row leaves the loss as it is."""
+    frames = torch.zeros(1, 96, 96, 3, dtype=torch.uint8)
+    batch = stage2.Collator(toy_model.processor)([(frames[0].numpy(), 0)])
+    longer = {
+        "pixel_values": batch["pixel_values"],
+        "input_ids": F.pad(batch["input_ids"], (0, 3), value=toy_model.processor.tokenizer.pad_token_id),
+        "labels": F.pad(batch["labels"], (0, 3), value=-100),
+    }
+    assert toy_model.git(**longer).loss.item() == pytest.approx(toy_model.git(**batch).loss.item(), rel=1e-5)
