@@ -5,6 +5,9 @@ the same physics, pixels and rewards as `gym.make("CarRacing-v3", continuous=Fal
 `TrainingRewards` is a separate wrapper that only training scripts put around it.
 """
 
+import functools
+import math
+
 import gymnasium as gym
 import numpy as np
 import pygame
@@ -36,7 +39,8 @@ class FastCarRacing(stock.CarRacing):
     """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
 
     The stock class transforms some 800 polygons a frame in Python, of which about 50 are visible. Here numpy
-    transforms and culls them all at once and the visible ones go to the same pygame calls.
+    transforms and culls them all at once and the visible ones go to the same pygame calls; the score's font is loaded
+    once, the canvas is reused, and where nothing but playfield is in view the background is a plain fill.
 
     Set `drawing = False` to leave frames undrawn: `step` then returns None as observation, and `draw()` makes up
     for the last one.
@@ -44,8 +48,8 @@ class FastCarRacing(stock.CarRacing):
 
     drawing = True
     _score = 0.0  # what the last frame shows; the stock class draws before it subtracts the step's 0.1
-    _font = None
     _grass = _grass_squares()
+    _scores = {}  # rendered score texts, shared by the environments of a process
 
     def draw(self):
         """Draw the last undrawn step as the stock class would have, uint8 (96, 96, 3)."""
@@ -65,11 +69,41 @@ class FastCarRacing(stock.CarRacing):
             self._score = self.reward
             if not self.drawing:
                 return None
-        return super()._render(mode)
+        if mode == "human" or "t" not in self.__dict__:
+            return super()._render(mode)
+        self.surf = self._canvas
+        zoom = 0.1 * stock.SCALE * max(1 - self.t, 0) + stock.ZOOM * stock.SCALE * min(self.t, 1)
+        angle, (x, y) = -self.car.hull.angle, self.car.hull.position
+        scroll = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
+        translation = (stock.WINDOW_W / 2 + scroll[0], stock.WINDOW_H / 4 + scroll[1])
+        self._render_road(zoom, translation, angle)
+        self.car.draw(self.surf, zoom, translation, angle, mode != "state_pixels")
+        self.surf = pygame.transform.flip(self.surf, False, True)
+        self._render_indicators(stock.WINDOW_W, stock.WINDOW_H)
+        text = self._score_text(f"{self.reward:04.0f}")
+        self.surf.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
+        size = (stock.VIDEO_W, stock.VIDEO_H) if mode == "rgb_array" else (stock.STATE_W, stock.STATE_H)
+        return self._create_image_array(self.surf, size)
+
+    @functools.cached_property
+    def _canvas(self):
+        return pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
+
+    def _score_text(self, score):
+        if score not in self._scores:
+            pygame.font.init()
+            font = pygame.font.Font(pygame.font.get_default_font(), 42)
+            self._scores[score] = font.render(score, True, (255, 255, 255), (0, 0, 0))
+        return self._scores[score]
 
     def _render_road(self, zoom, translation, angle):
-        corner = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
-        self._draw_visible(corner, [self.bg_color], zoom, translation, angle)
+        farthest = math.hypot(stock.WINDOW_W / 2, stock.WINDOW_H) / zoom  # upper bound on what the window shows
+        if max(map(abs, self.car.hull.position)) + farthest < stock.PLAYFIELD:
+            self.surf.fill([int(c) for c in self.bg_color])
+        else:
+            self.surf.fill(0)
+            field = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
+            self._draw_visible(field, [self.bg_color], zoom, translation, angle)
         self._draw_visible(self._grass, [self.grass_color] * len(self._grass), zoom, translation, angle)
         # tile colours change in place when a tile is visited, so they are read now
         self._draw_visible(self._road, [color for _, color in self.road_poly], zoom, translation, angle)
