@@ -4,7 +4,7 @@ Reads offline/teacher.safetensors, which drives (with bursts of random actions) 
 Writes offline/git-tiny/ in the Hub's file layout, with a model card. Each frame comes with several questions about the
 scene ("How does the road bend?", "How fast is the car?"), answered from the simulator's state; never with actions.
 
-    python -m offline.make_git_tiny
+    python -m offline.make_git_tiny      # 25 minutes on two CPU cores
 """
 
 import json
@@ -197,13 +197,8 @@ def answer_logits(model, frames, tokens):
 def main():
     torch.manual_seed(SEED)
     began = time.time()
-    cache = OUTPUT.with_name("scenes.pt")
-    if cache.exists():
-        frames, answers, val_frames, val_answers = torch.load(cache, weights_only=False)
-    else:
-        frames, answers = collect(FIRST_TRACK, TRAIN_FRAMES)
-        val_frames, val_answers = collect(FIRST_VALIDATION_TRACK, VALIDATION_FRAMES)
-        torch.save((frames, answers, val_frames, val_answers), cache, pickle_protocol=4)
+    frames, answers = collect(FIRST_TRACK, TRAIN_FRAMES)
+    val_frames, val_answers = collect(FIRST_VALIDATION_TRACK, VALIDATION_FRAMES)
     processor = make_processor(answers)
     tokens, labels = tokenize(processor.tokenizer, answers)
     val_tokens, val_labels = tokenize(processor.tokenizer, val_answers)
@@ -240,7 +235,30 @@ def main():
         )
         git.save_pretrained(OUTPUT)
         processor.save_pretrained(OUTPUT)
-    print(f"{time.time() - began:.0f} s")
+    (OUTPUT / "README.md").write_text(card(np.mean(losses), val_loss, accuracy, time.time() - began))
+    print(f"wrote {OUTPUT} in {time.time() - began:.0f} s")
+
+
+def card(loss, val_loss, accuracy, seconds):
+    rows = "\n".join(f"| {question} | {share:.1%} |" for question, share in accuracy.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: mit
+---
+# git-tiny
+
+A GIT (image encoder + text decoder) of 1.5M parameters for Gymnasium's CarRacing: {IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE},
+width {WIDTH}, {VISION_LAYERS} vision and {TEXT_LAYERS} text layers, a WordPiece vocabulary of its own. It answers questions about the scene, which were
+answered from the simulator's state while training; it was never shown an action.
+
+Made by `python -m offline.make_git_tiny` (seed {SEED}, {TRAIN_FRAMES:,} frames of tracks from {FIRST_TRACK:,}, {EPOCHS} epochs, {QUESTIONS_PER_FRAME} questions per frame, {seconds:.0f} s
+on two CPU cores). Cross-entropy per answer token {loss:.3f}, on {VALIDATION_FRAMES:,} frames of held-out tracks {val_loss:.3f}. Wholly right answers there:
+
+| question | right |
+|---|---|
+{rows}
+"""
 
 
 @torch.no_grad()

@@ -1,0 +1,51 @@
+"""The weights that ship, each against a golden output."""
+
+import numpy as np
+import pytest
+import torch
+
+import car_racing_env
+import collect_captions
+import evaluate
+import GitText2ActionWithPrompt as model_file
+
+ADAPTER = collect_captions.ROOT / "lora_git_caption_model_carllava"
+
+
+@pytest.fixture(scope="module")
+def stretch():
+    """Every 20th decision of the teacher's first 140 on validation track 100,000: frames uint8 (8, 96, 96, 3), states, return."""
+    env = collect_captions.PrivilegedState(car_racing_env.make_env(2), collect_captions.TILES_AHEAD)
+    teacher = collect_captions.load_teacher()
+    obs, info = env.reset(seed=100_000)
+    frames, states, total = [], [], 0.0
+    for i in range(141):
+        state = torch.from_numpy(info["state"])
+        if i % 20 == 0:
+            frames.append(obs), states.append(state)
+        obs, reward, _, _, info = env.step(int(teacher(state[None]).argmax()))
+        total += reward
+    return np.stack(frames), torch.stack(states), total
+
+
+def test_teacher(stretch):
+    _, states, total = stretch
+    assert total == pytest.approx(GOLDEN_RETURN, abs=0.01)
+    assert collect_captions.load_teacher()(states).argmax(1).tolist() == GOLDEN_ACTIONS
+
+
+def test_git_tiny_describes(stretch):
+    """The untaught base answers the question that it is asked."""
+    git, processor = model_file.load_base("offline/git-tiny")
+    model = model_file.GitText2ActionWithPrompt(git.eval(), processor)
+    said = {}
+    for question in ("How fast is the car?", "How does the road bend?"):
+        model.prompt = model_file.prompt_ids(processor.tokenizer, question)
+        said[question] = model.answer(stretch[0])
+    assert said == GOLDEN_SCENE
+
+
+def test_adapter_answers(stretch):
+    model = evaluate.load_answerer(str(ADAPTER))
+    assert model.answer(stretch[0]) == GOLDEN_ANSWERS
+    assert model.answer_log_probs(stretch[0])[3].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)

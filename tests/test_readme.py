@@ -1,0 +1,26 @@
+"""The README's numbers are those of the files it names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+ROWS = re.findall(r"\| ([\d.-]+) ± ([\d.]+) \|.*\(results/published/([\w./]+\.json)\) \|", README)
+
+
+def test_there_are_rows_to_check():
+    assert len(ROWS) >= 4
+
+
+@pytest.mark.parametrize("mean, std, file", ROWS)
+def test_driver_table(mean, std, file):
+    facts = json.loads((ROOT / "results" / "published" / file).read_text())
+    assert (float(mean), float(std)) == (round(facts["mean"], 1), round(facts["std"], 1))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", README):
+        assert (ROOT / target).exists(), target
