@@ -110,7 +110,9 @@ def load_base(base_model):
     """A GIT base and its processor, from a folder relative to the repository, any folder or the Hub."""
     local = ROOT / base_model
     source = local if local.exists() else base_model
-    return AutoModelForCausalLM.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    git = AutoModelForCausalLM.from_pretrained(source)
+    git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
+    return git, AutoProcessor.from_pretrained(source)
 
 
 class GitText2ActionWithPrompt(nn.Module):

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 
-POLICY = TEACHER  # who drives: the teacher's file, or a PPO policy's folder such as "results/policy"
+POLICY = "teacher"  # who drives: "teacher", or a PPO policy's folder such as "results/policy"
 ANSWER_BY = (
     "teacher"  # who answers: "teacher" (with a PPO policy driving this is DAgger), or "policy", the driver itself
 )
@@ -162,7 +162,7 @@ def start_worker(constants):
     globals().update(constants)
     torch.set_num_threads(1)
     ANSWERER = load_teacher()
-    DRIVER = None if Path(POLICY).suffix else model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+    DRIVER = None if POLICY == "teacher" else model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
 
 
 @torch.no_grad()
@@ -281,7 +281,8 @@ def main():
     began = time.time()
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")
-    driver = "the teacher" if Path(POLICY).suffix else f"the policy in {POLICY}/"
+    load_teacher()  # fails here, not in a worker
+    driver = "the teacher" if POLICY == "teacher" else f"the policy in {POLICY}/"
     print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/")
     if (output / "metadata.jsonl").exists() or (output / "train").exists():
         print(

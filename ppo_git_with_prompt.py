@@ -39,7 +39,7 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 
 NUM_ENVS = 8  # simulators, each in a process of its own
 NUM_STEPS = 256  # decisions per environment and update
-TOTAL_UPDATES = 100  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
+TOTAL_UPDATES = 120  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
 MINIBATCH_SIZE = 512  # decisions
 WARMUP_UPDATES = 5  # the value learns alone first: a policy that drives already has much to lose
@@ -57,7 +57,7 @@ TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by 
 LORA_RANK, LORA_ALPHA = 8, 16
 LORA_LEARNING_RATE = 1e-4
 
-EVALUATIONS = 6  # evenly spread over the run, besides the one before training
+EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 VIDEO_EVERY = 200  # finished training episodes; and one after 10
 VIDEO_TRACK = 100_000
