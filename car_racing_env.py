@@ -49,6 +49,7 @@ class FastCarRacing(stock.CarRacing):
     drawing = True
     _score = 0.0  # what the last frame shows; the stock class draws before it subtracts the step's 0.1
     _grass = _grass_squares()
+    _grass_centers = _grass.mean(1)
     _scores = {}  # rendered score texts, shared by the environments of a process
 
     def draw(self):
@@ -62,6 +63,7 @@ class FastCarRacing(stock.CarRacing):
         if not super()._create_track():
             return False
         self._road = np.array([polygon for polygon, _ in self.road_poly], dtype=np.float64)
+        self._road_centers = self._road.mean(1)
         return True
 
     def _render(self, mode):
@@ -78,7 +80,9 @@ class FastCarRacing(stock.CarRacing):
         translation = (stock.WINDOW_W / 2 + scroll[0], stock.WINDOW_H / 4 + scroll[1])
         self._render_road(zoom, translation, angle)
         self.car.draw(self.surf, zoom, translation, angle, mode != "state_pixels")
-        self.surf = pygame.transform.flip(self.surf, False, True)
+        # as pygame.transform.flip, into a surface that is kept: fresh memory costs more than the copy
+        np.copyto(pygame.surfarray.pixels2d(self._flipped), pygame.surfarray.pixels2d(self.surf)[:, ::-1])
+        self.surf = self._flipped
         self._render_indicators(stock.WINDOW_W, stock.WINDOW_H)
         text = self._score_text(f"{self.reward:04.0f}")
         self.surf.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
@@ -89,6 +93,10 @@ class FastCarRacing(stock.CarRacing):
     def _canvas(self):
         return pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
 
+    @functools.cached_property
+    def _flipped(self):
+        return pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
+
     def _score_text(self, score):
         if score not in self._scores:
             pygame.font.init()
@@ -97,19 +105,26 @@ class FastCarRacing(stock.CarRacing):
         return self._scores[score]
 
     def _render_road(self, zoom, translation, angle):
-        farthest = math.hypot(stock.WINDOW_W / 2, stock.WINDOW_H) / zoom  # upper bound on what the window shows
-        if max(map(abs, self.car.hull.position)) + farthest < stock.PLAYFIELD:
+        position = np.array(self.car.hull.position)
+        reach = math.hypot(stock.WINDOW_W / 2, 0.75 * stock.WINDOW_H) / zoom  # from the car to the farthest corner
+        if np.abs(position).max() + reach < stock.PLAYFIELD:
             self.surf.fill([int(c) for c in self.bg_color])
         else:
             self.surf.fill(0)
             field = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
             self._draw_visible(field, [self.bg_color], zoom, translation, angle)
-        self._draw_visible(self._grass, [self.grass_color] * len(self._grass), zoom, translation, angle)
+        # nothing drawn is wider than a grass square
+        reach += stock.GRASS_DIM
+        near = np.flatnonzero(np.square(self._grass_centers - position).sum(1) < reach**2)
+        self._draw_visible(self._grass[near], [self.grass_color] * len(near), zoom, translation, angle)
+        near = np.flatnonzero(np.square(self._road_centers - position).sum(1) < reach**2)
         # tile colours change in place when a tile is visited, so they are read now
-        self._draw_visible(self._road, [color for _, color in self.road_poly], zoom, translation, angle)
+        self._draw_visible(self._road[near], [self.road_poly[i][1] for i in near], zoom, translation, angle)
 
     def _draw_visible(self, polygons, colors, zoom, translation, angle):
         """Transform world polygons, float64 (N, 4, 2), to the screen and draw those that touch it."""
+        if not len(polygons):
+            return
         cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
         x, y = polygons[..., 0], polygons[..., 1]
         points = np.stack(

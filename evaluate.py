@@ -26,7 +26,7 @@ import GitText2ActionWithPrompt as model_file
 DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
 FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,100-100,199 held out, 200,000-200,099 test
 NUM_TRACKS = 100
-NUM_ENVS = 8  # simulated side by side, each in a process of its own
+NUM_ENVS = 10  # simulated side by side, each in a process of its own
 ADAPTER = "lora_git_caption_model_carllava"  # for "answers"
 POLICY = "results/policy"  # for "policy"
 RESULTS_DIR = "results"

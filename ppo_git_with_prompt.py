@@ -37,9 +37,10 @@ BASE_WITHOUT_ADAPTER = "offline/git-tiny"
 RESULTS_DIR = "results"
 RESUME = False  # continue from RESULTS_DIR/state.pt
 
-NUM_ENVS = 8  # simulators, each in a process of its own
+NUM_ENVS = 8  # simulators, each in a process of its own; at least 2
+TORCH_THREADS = 1  # on two cores the simulators need the other one
 NUM_STEPS = 256  # decisions per environment and update
-TOTAL_UPDATES = 120  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
+TOTAL_UPDATES = 70  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
 MINIBATCH_SIZE = 512  # decisions
 WARMUP_UPDATES = 5  # the value learns alone first: a policy that drives already has much to lose
@@ -148,14 +149,27 @@ def make_worker_env(rank, frame_skip, tracks, reward_clip, grass_limit, grass_pe
 
 
 def make_envs(seed):
-    """NUM_ENVS training environments side by side; started before torch starts its threads."""
+    """NUM_ENVS training environments in two halves: while one half simulates, the model looks at the other.
+
+    Started before torch starts its threads.
+    """
     world = car_racing_env
     settings = dict(
-        frame_skip=world.FRAME_SKIP, tracks=world.TRAIN_TRACKS, reward_clip=world.REWARD_CLIP,
-        grass_limit=world.GRASS_LIMIT, grass_penalty=world.GRASS_PENALTY, miss_penalty=world.MISS_PENALTY, seed=seed,
-    )  # fmt: skip
-    factories = [functools.partial(make_worker_env, rank, **settings) for rank in range(NUM_ENVS)]
-    return gym.vector.AsyncVectorEnv(factories, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        frame_skip=world.FRAME_SKIP,
+        tracks=world.TRAIN_TRACKS,
+        reward_clip=world.REWARD_CLIP,
+        grass_limit=world.GRASS_LIMIT,
+        grass_penalty=world.GRASS_PENALTY,
+        miss_penalty=world.MISS_PENALTY,
+        seed=seed,
+    )
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    return [
+        gym.vector.AsyncVectorEnv(
+            [functools.partial(make_worker_env, rank, **settings) for rank in ranks], autoreset_mode=same_step
+        )
+        for ranks in np.array_split(range(NUM_ENVS), 2)
+    ]
 
 
 def load_model():
@@ -177,47 +191,66 @@ def policy_facts():
 
 
 @torch.no_grad()
-def collect_rollout(envs, frames, model):
-    """NUM_STEPS decisions in every environment.
+def collect_rollout(halves, frames, model):
+    """NUM_STEPS decisions in every environment, the two halves taking turns between model and simulators.
 
-    Returns the next frames, a dict of tensors (T, N, ...) and the finished episodes as `(decision, info)` pairs.
+    `frames` is a list of two arrays, uint8 (N / 2, 96, 96, 3). Returns the next frames, a dict of tensors (T, N, ...)
+    and the finished episodes as `(decision, info)` pairs.
     """
-    rollout, episodes = {}, []
-    for t in range(NUM_STEPS):
-        features, answer_log_probs = model.encode(frames)
-        dropout = model.draw_dropout(NUM_ENVS)
+    rollouts, episodes = ({}, {}), []
+    pending = [None, None]
+
+    def receive(half):
+        """Finish the half's step that is under way: its results complete the decision that `act` began."""
+        step, t = pending[half]
+        frames[half], reward, terminated, truncated, infos = halves[half].step_wait()
+        done = terminated | truncated
+        step |= {
+            "reward": torch.from_numpy(reward).float(),
+            "terminated": torch.from_numpy(terminated).float(),
+            "done": torch.from_numpy(done).float(),
+            "final_value": torch.zeros(len(done)),
+        }
+        for i in np.flatnonzero(done):
+            keys = ("episode_return", "episode_length", "end", "track_seed")
+            episodes.append((t, {key: infos["final_info"][key][i] for key in keys}))
+            if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
+                step["final_value"][i] = model(infos["final_obs"][i][None])[1][0]
+        for key, x in step.items():
+            rollouts[half].setdefault(key, []).append(x)
+
+    def act(half, t):
+        """Decide on the half's frames and send its simulators off."""
+        features, answer_log_probs = model.encode(frames[half])
+        dropout = model.draw_dropout(len(features))
         logits, value = model.head(features, answer_log_probs, dropout)
         log_probs = logits.log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)[:, 0]
         step = {
-            "features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action,
-            "log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value,
-        }  # fmt: skip
+            "features": features,
+            "answer_log_probs": answer_log_probs,
+            "dropout": dropout,
+            "action": action,
+            "log_prob": log_probs.gather(1, action[:, None])[:, 0],
+            "value": value,
+        }
         if TRAIN_LORA:
-            step["frames"] = torch.from_numpy(frames.copy())
-        frames, reward, terminated, truncated, infos = envs.step(evaluate.SIM_ACTIONS[action.cpu().numpy()])
-        step |= {
-            "reward": torch.from_numpy(reward).float(), "terminated": torch.from_numpy(terminated).float(),
-            "done": torch.from_numpy(terminated | truncated).float(), "final_value": torch.zeros(NUM_ENVS),
-        }  # fmt: skip
-        for i in np.flatnonzero(terminated | truncated):
-            episodes.append(
-                (
-                    t,
-                    {
-                        key: infos["final_info"][key][i]
-                        for key in ("episode_return", "episode_length", "end", "track_seed")
-                    },
-                )
-            )
-            if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
-                step["final_value"][i] = model(infos["final_obs"][i][None])[1][0]
-        for key, x in step.items():
-            rollout.setdefault(key, []).append(x)
-    rollout = {key: torch.stack(x) for key, x in rollout.items()}
-    next_value = torch.cat([rollout["value"][1:], model(frames)[1][None]])
-    rollout["next_value"] = torch.where(rollout["done"].bool(), rollout.pop("final_value"), next_value)
-    return frames, rollout, episodes
+            step["frames"] = torch.from_numpy(frames[half].copy())
+        halves[half].step_async(evaluate.SIM_ACTIONS[action.cpu().numpy()])
+        pending[half] = step, t
+
+    for t in range(NUM_STEPS):
+        for half in (0, 1):
+            if t:
+                receive(half)
+            act(half, t)
+    for half in (0, 1):
+        receive(half)
+    for half, rollout in enumerate(rollouts):
+        rollout |= {key: torch.stack(x) for key, x in rollout.items()}
+        next_value = torch.cat([rollout["value"][1:], model(frames[half])[1][None]])
+        rollout["next_value"] = torch.where(rollout["done"].bool(), rollout.pop("final_value"), next_value)
+    return frames, {key: torch.cat([rollout[key] for rollout in rollouts], 1) for key in rollouts[0]}, episodes
 
 
 def update_policy(model, optimizer, batch, warming_up):
@@ -371,6 +404,8 @@ def check_constants():
         value = globals()[name]
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} = {value!r} in ppo_git_with_prompt.py: it must be a whole number, 1 or more")
+    if NUM_ENVS < 2:
+        raise ValueError("NUM_ENVS = 1 in ppo_git_with_prompt.py: two halves take turns, so it must be 2 or more")
     if not 0 < GAMMA < 1 or not 0 <= GAE_LAMBDA <= 1:
         raise ValueError("GAMMA must lie between 0 and 1, GAE_LAMBDA in [0, 1] (ppo_git_with_prompt.py)")
 
@@ -391,6 +426,7 @@ def main():
     envs = make_envs(SEED + 1000 * (first_update - 1))
     writer = None
     try:
+        torch.set_num_threads(TORCH_THREADS)
         torch.manual_seed(SEED)
         model = load_model()
         heads = [p for name, p in model.named_parameters() if "_head." in name]
@@ -437,7 +473,7 @@ def main():
             run_evaluation(0, "answers", evaluate.Answers(model))
             best = run_evaluation(0, "policy", driver)
             model.save_policy(results / "policy", **policy_facts())
-        frames, _ = envs.reset()
+        frames = [half.reset()[0] for half in envs]
         recent = []
         bar = tqdm(range(first_update, TOTAL_UPDATES + 1), initial=first_update - 1, total=TOTAL_UPDATES, unit="update")
         for update in bar:
@@ -516,7 +552,8 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues")
     finally:
-        envs.close()
+        for half in envs:
+            half.close()
         if writer:
             writer.close()
         if read_log(results / "eval_log.csv"):
