@@ -34,6 +34,10 @@ TOTAL_UPDATES = 280  # x 16,384 decisions
 BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
 BURST_LONGEST = 7  # decisions
 
+GRASS_PENALTY = 10.0  # these three instead of car_racing_env's
+MISS_PENALTY = 10.0
+LAP_BONUS = 0.0  # this critic knows how much of the lap is left
+
 LEARNING_RATE = 5e-4  # falls linearly to a tenth
 GAMMA = 0.995  # per decision; 0.99 rewards haste, and haste is what misses tiles
 GAE_LAMBDA = 0.95
@@ -79,8 +83,9 @@ def start_worker(rank, counter, seed):
             car_racing_env.TRAIN_TRACKS,
             car_racing_env.REWARD_CLIP,
             car_racing_env.GRASS_LIMIT,
-            car_racing_env.GRASS_PENALTY,
-            car_racing_env.MISS_PENALTY,
+            GRASS_PENALTY,
+            MISS_PENALTY,
+            LAP_BONUS,
             draw=False,
         )
         env = collect_captions.RandomBursts(env, env_seed, BURST_START, BURST_LONGEST)

@@ -12,7 +12,9 @@ import car_racing_env
 import collect_captions
 import GitText2ActionWithPrompt as model_file
 
-SETTINGS = dict(tracks=100_000, reward_clip=10.0, grass_limit=50, grass_penalty=10.0, miss_penalty=10.0)
+SETTINGS = dict(
+    tracks=100_000, reward_clip=10.0, grass_limit=50, grass_penalty=10.0, miss_penalty=10.0, lap_bonus=100.0
+)
 
 
 def stock_steps(env, action, skip):
