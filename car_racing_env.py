@@ -24,7 +24,9 @@ TRAIN_TRACKS = 100_000  # track seeds 0 .. TRAIN_TRACKS - 1; the seeds above are
 REWARD_CLIP = 10.0  # bound on the reward of one decision; one tile pays about 3.5, so +-1 would pay two tiles like one
 GRASS_LIMIT = 50  # frames with all four wheels on grass before the episode ends
 GRASS_PENALTY = 300.0  # reward subtracted by that end
-MISS_PENALTY = 100.0  # reward subtracted for each tile left behind unvisited; the first one costs the lap, some 30 points
+MISS_PENALTY = (
+    100.0  # reward subtracted for each tile left behind unvisited; the first one costs the lap, some 30 points
+)
 LAP_BONUS = 100.0  # reward added by a finished lap: about what driving on would be worth, as no frame shows the finish
 
 

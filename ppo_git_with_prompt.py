@@ -8,7 +8,9 @@ state.pt (to resume), run.json and, if TensorBoard is installed, its scalars.
 
 What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
 epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are
-stored with the rollout, so that the ratio is 1 before the first step; the policy rests while the value warms up.
+stored with the rollout, so that the ratio is 1 before the first step; the policy rests while the value warms up;
+advantages are centred but not scaled; the training rewards (car_racing_env.py) weigh mistakes against haste as the task
+does.
 """
 
 import csv

@@ -9,6 +9,15 @@ import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
 
+GOLDEN_RETURN = 220.17
+GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 3, 3, 2]
+GOLDEN_SCENE = {
+    "How fast is the car?": ["zero", "six", "ten", "eleven", "twelve", "fourteen", "sixteen", "sixteen"],
+    "How does the road bend?": ["middle"] * 7 + ["left nine"],
+}
+GOLDEN_ANSWERS = ["Accelerate"] * 7 + ["Turn left"]
+GOLDEN_PROBABILITIES = [0.0, 0.9998, 0.0001, 0.0, 0.0]  # of the fourth frame
+
 ADAPTER = collect_captions.ROOT / "lora_git_caption_model_carllava"
 
 
