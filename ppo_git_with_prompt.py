@@ -362,7 +362,7 @@ def draw_reward_curve(results):
         if row["driver"] == "answers":
             axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
     axis.axhline(900, color="grey", ls=":", label="900: solved")
-    axis.set(xlabel="environment frames", ylabel="return", ylim=(-110, 1000))
+    axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.grid(alpha=0.3)
     figure.savefig(results / "reward_curve.png", dpi=130)

@@ -31,7 +31,10 @@ def main():
     with imageio.get_reader(results / "video_final.mp4") as video:
         shots = [video.get_data(GIF_FROM + GIF_EVERY * i) for i in range(GIF_FRAMES)]
     height = GIF_WIDTH * shots[0].shape[0] // shots[0].shape[1]
-    pictures = [Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)).quantize(64) for shot in shots]
+    pictures = [
+        Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)).quantize(64, Image.Quantize.MAXCOVERAGE)
+        for shot in shots
+    ]
     pictures[0].save(published / "demo.gif", save_all=True, append_images=pictures[1:], duration=40 * GIF_EVERY, loop=0)
     print(f"wrote {published}, demo.gif {(published / 'demo.gif').stat().st_size / 1e6:.1f} MB")
 
