@@ -249,20 +249,22 @@ def contact_sheet(rows, folder, path, columns=8):
     sheet.save(path)
 
 
-def write_run(folder, script, began):
-    """Write `run.json`: the script's constants, git commit, library versions, machine and wall time."""
+def write_run(folder, script, began, facts):
+    """Write `run.json`: the script's constants, `facts` (`run_facts()` at the start) and the wall time since `began`."""
     folder = Path(folder)
-    facts = {
+    run = {
         "script": Path(script["__file__"]).name,
         "constants": {
-            k: v for k, v in script.items() if k.isupper() and isinstance(v, (int, float, str, bool, list, tuple))
+            name: str(value) if isinstance(value, range) else value
+            for name, value in script.items()
+            if name.isupper() and isinstance(value, (int, float, str, list, tuple, range))
         },
         "frame_skip": car_racing_env.FRAME_SKIP,
-        **run_facts(),
+        **facts,
         "seconds": round(time.time() - began, 1),
     }
     partial = folder / "run.json.partial"
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.write_text(json.dumps(run, indent=1) + "\n")
     partial.replace(folder / "run.json")
 
 
@@ -278,7 +280,7 @@ def run_facts():
 
 
 def main():
-    began = time.time()
+    began, facts = time.time(), run_facts()
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")
     load_teacher()  # fails here, not in a worker
@@ -297,7 +299,7 @@ def main():
     counts = {split: Counter(row["text"] for row in rows) for split, (rows, _) in splits.items()}
     contact_sheet(splits["train"][0], partial / "train", partial / "contact_sheet.png")
     (partial / "README.md").write_text(card(counts, {split: stuck for split, (_, stuck) in splits.items()}))
-    write_run(partial, globals(), began)
+    write_run(partial, globals(), began, facts)
     output.mkdir(exist_ok=True)
     for item in partial.iterdir():
         target = output / item.name
@@ -319,7 +321,6 @@ def table(counts):
 
 def card(counts, stuck):
     return f"""---
-license: mit
 task_categories: [visual-question-answering]
 configs:
 - config_name: default

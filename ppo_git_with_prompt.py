@@ -414,7 +414,7 @@ def check_constants():
 
 def main():
     check_constants()
-    began = time.time()
+    began, facts = time.time(), collect_captions.run_facts()
     results = collect_captions.ROOT / RESULTS_DIR
     results.mkdir(parents=True, exist_ok=True)
     state_file, state = results / "state.pt", None
@@ -562,7 +562,7 @@ def main():
             writer.close()
         if read_log(results / "eval_log.csv"):
             draw_graphs(results)
-        collect_captions.write_run(results, globals(), began)
+        collect_captions.write_run(results, globals(), began, facts)
     print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
 
 

@@ -254,7 +254,6 @@ def card(metrics, trainable, total):
 base_model: {BASE_MODEL}
 library_name: peft
 pipeline_tag: image-text-to-text
-license: mit
 ---
 # A LoRA that answers "{model_file.PROMPT}"
 
@@ -282,7 +281,7 @@ print(processor.tokenizer.decode(words[0, prompt.shape[1] :], skip_special_token
 
 
 def main():
-    began = time.time()
+    began, facts = time.time(), collect_captions.run_facts()
     set_seed(SEED)
     root = collect_captions.ROOT
     train, validation = (Captions(root / DATA_DIR / split) for split in ("train", "validation"))
@@ -351,7 +350,7 @@ def main():
         "answers": list(model_file.ANSWERS), "frame_skip": car_racing_env.FRAME_SKIP,
     }  # fmt: skip
     (partial / model_file.TASK_FILE).write_text(json.dumps(task, indent=1) + "\n")
-    collect_captions.write_run(partial, globals(), began)
+    collect_captions.write_run(partial, globals(), began, facts)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     print(

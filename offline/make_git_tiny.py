@@ -244,7 +244,6 @@ def card(loss, val_loss, accuracy, seconds):
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
-license: mit
 ---
 # git-tiny
 

@@ -5,6 +5,7 @@ Reads RESULTS_DIR; run by hand after a run that is worth showing. Writes results
     python -m offline.publish
 """
 
+import json
 import shutil
 
 import imageio
@@ -19,6 +20,25 @@ FILES = (
     "lora_loss.png lora_confusion.png"
 ).split()
 GIF_FROM, GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 60, 60, 4, 360  # first video frame, pictures, stride, pixels
+
+
+def card(run):
+    """The policy's card: what made it and where its scores are."""
+    constants = run["constants"]
+    return f"""# PPO policy
+
+Policy and value head on the last prompt token's hidden state, safetensors; `policy.json` names base and adapter. Made by
+`python ppo_git_with_prompt.py`: seed {constants["SEED"]}, {constants["TOTAL_UPDATES"]} updates of {constants["NUM_ENVS"]} x {constants["NUM_STEPS"]} decisions, {run["seconds"] / 60:.0f} minutes on
+{run["machine"]}, commit {run["git_commit"].rstrip("+")}; the checkpoint is the best of the run on validation tracks 100,000-100,019 by mean - 0.5 std
+([eval_log.csv](../eval_log.csv)). All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation).
+
+```python
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt
+
+model = GitText2ActionWithPrompt.from_policy("results/published/policy")
+action_logits, value = model(frames)  # uint8 (B, 96, 96, 3) -> (B, 5), (B,)
+```
+"""
 
 
 def main():
@@ -36,6 +56,7 @@ def main():
         for shot in shots
     ]
     pictures[0].save(published / "demo.gif", save_all=True, append_images=pictures[1:], duration=40 * GIF_EVERY, loop=0)
+    (published / "policy" / "README.md").write_text(card(json.loads((results / "run.json").read_text())))
     print(f"wrote {published}, demo.gif {(published / 'demo.gif').stat().st_size / 1e6:.1f} MB")
 
 
