@@ -37,6 +37,10 @@ LORA_TARGETS = (
 )
 
 
+class BadInput(ValueError):
+    """Something the user can mend: the message names the file or constant and the remedy. Scripts end with that line."""
+
+
 def preprocess(frames, image_processor):
     """Frames as GIT wants them, in one batched step that fine-tuning and driving share.
 
@@ -45,7 +49,7 @@ def preprocess(frames, image_processor):
     """
     frames = torch.as_tensor(frames)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
+        raise BadInput(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
     size = image_processor.size
     size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
     pixels = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -67,7 +71,7 @@ def prompt_ids(tokenizer, prompt=None):
 def answer_ids(tokenizer):
     """Token ids of each answer without [SEP]: one word each, or two that all share their first word.
 
-    Raises ValueError naming the answers that one forward pass cannot score.
+    Raises BadInput naming the answers that one forward pass cannot score.
     """
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in ANSWERS]
     first_of_two = {x[0] for x in ids if len(x) == 2}
@@ -77,7 +81,7 @@ def answer_ids(tokenizer):
         if len(x) not in (1, 2) or len(first_of_two) > 1 or (len(x) == 1 and x[0] in first_of_two)
     ]
     if bad or len({tuple(x) for x in ids}) < len(ids):
-        raise ValueError(
+        raise BadInput(
             f"ANSWERS {bad or list(ANSWERS)} cannot be scored in one pass: use different answers of one token, or of two "
             f"that share the first (now {[tokenizer.convert_ids_to_tokens(x) for x in ids]})"
         )
@@ -102,7 +106,7 @@ def read_task(adapter):
     """The `task.json` of an adapter folder: base model, its fingerprint, prompt, answers, frame skip."""
     path = Path(adapter) / TASK_FILE
     if not path.exists():
-        raise FileNotFoundError(f"no adapter in {adapter}/: run train_git_lora_carllava_style.py first")
+        raise BadInput(f"no adapter in {adapter}/: run train_git_lora_carllava_style.py first")
     return json.loads(path.read_text())
 
 
@@ -110,7 +114,12 @@ def load_base(base_model):
     """A GIT base and its processor, from a folder relative to the repository, any folder or the Hub."""
     local = ROOT / base_model
     source = local if local.exists() else base_model
-    git = AutoModelForCausalLM.from_pretrained(source)
+    try:
+        git = AutoModelForCausalLM.from_pretrained(source)
+    except OSError as error:
+        raise BadInput(
+            f"BASE_MODEL {base_model!r} is no folder with a GIT model and no model of the Hub: {str(error).splitlines()[0]}"
+        ) from None
     git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
     return git, AutoProcessor.from_pretrained(source)
 
@@ -142,13 +151,13 @@ class GitText2ActionWithPrompt(nn.Module):
         if adapter is not None:
             task = read_task(adapter)
             if task["base_fingerprint"] != fingerprint(git):
-                raise ValueError(
+                raise BadInput(
                     f"{adapter}/ was trained on another base ({task['base_model']}) than {base_model}: "
                     "rerun train_git_lora_carllava_style.py with this BASE_MODEL"
                 )
             for name, ours in (("prompt", PROMPT), ("answers", list(ANSWERS))):
                 if task[name] != ours:
-                    raise ValueError(
+                    raise BadInput(
                         f"{adapter}/ was trained with {name} {task[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                         "put it back or rerun collect_captions.py and train_git_lora_carllava_style.py"
                     )
@@ -160,7 +169,7 @@ class GitText2ActionWithPrompt(nn.Module):
         """Load a policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
         folder = Path(folder)
         if not (folder / "policy.json").exists():
-            raise FileNotFoundError(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
+            raise BadInput(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
         facts = json.loads((folder / "policy.json").read_text())
         model = cls.from_pretrained(facts["base_model"], ROOT / facts["adapter"] if facts["adapter"] else None)
         model.load_policy(folder)
@@ -298,7 +307,7 @@ class GitText2ActionWithPrompt(nn.Module):
             ("prior_floor", PRIOR_FLOOR), ("head_size", HEAD_SIZE),
         ):  # fmt: skip
             if facts[name] != ours:
-                raise ValueError(
+                raise BadInput(
                     f"{folder}/ was trained with {name} {facts[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                     "put the constant back or rerun ppo_git_with_prompt.py"
                 )
@@ -309,7 +318,7 @@ class GitText2ActionWithPrompt(nn.Module):
         bad = [n for n in expected.keys() | weights.keys() if n not in weights or n not in expected
                or weights[n].shape != expected[n].shape]  # fmt: skip
         if bad:
-            raise ValueError(f"{folder}/policy.safetensors does not fit this model: {', '.join(sorted(bad)[:3])}")
+            raise BadInput(f"{folder}/policy.safetensors does not fit this model: {', '.join(sorted(bad)[:3])}")
         self.load_state_dict(weights, strict=False)
         return facts
 

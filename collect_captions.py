@@ -147,7 +147,7 @@ def load_teacher(path=None):
     """The teacher from its safetensors file, ready to act."""
     path = ROOT / (path or TEACHER)
     if not path.exists():
-        raise FileNotFoundError(
+        raise model_file.BadInput(
             f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher"
         )
     weights = load_file(path)
@@ -157,12 +157,17 @@ def load_teacher(path=None):
 
 
 def start_worker(constants):
-    """Give a spawned process the parent's constants, a quiet torch and the drivers."""
-    global DRIVER, ANSWERER
+    """Give a spawned process the parent's constants, one thread and the drivers."""
     globals().update(constants)
     torch.set_num_threads(1)
-    ANSWERER = load_teacher()
-    DRIVER = None if POLICY == "teacher" else model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+    load_drivers()
+
+
+def load_drivers():
+    """Load who answers and, unless the teacher also drives, who drives."""
+    global answerer, policy
+    answerer = load_teacher()
+    policy = None if POLICY == "teacher" else model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
 
 
 @torch.no_grad()
@@ -181,10 +186,10 @@ def collect_episode(job):
     rows, frames, slow, end = [], [], 0, ""
     while not end and slow < STUCK_LIMIT:
         keep = rng.random() < KEEP
-        frame = base.draw() if keep or DRIVER else None
-        action = said = int(ANSWERER(torch.from_numpy(info["state"])[None]).argmax())
-        if DRIVER:
-            action = list(model_file.ANSWERS.values())[int(DRIVER(frame[None])[0].argmax())]
+        frame = base.draw() if keep or policy else None
+        action = said = int(answerer(torch.from_numpy(info["state"])[None]).argmax())
+        if policy:
+            action = list(model_file.ANSWERS.values())[int(policy(frame[None])[0].argmax())]
             said = said if ANSWER_BY == "teacher" else action
         if keep:
             frames.append(frame)
@@ -220,7 +225,7 @@ def collect_split(folder, first_track, tracks, num_frames):
             if len(rows) >= num_frames:
                 break
         else:
-            raise RuntimeError(
+            raise model_file.BadInput(
                 f"{tracks} tracks gave {len(rows)} frames for {folder.name}/: raise KEEP or ask for fewer"
             )
     rows = rows[:num_frames]
@@ -283,7 +288,7 @@ def main():
     began, facts = time.time(), run_facts()
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")
-    load_teacher()  # fails here, not in a worker
+    load_drivers()  # what is missing fails here, not in a worker
     driver = "the teacher" if POLICY == "teacher" else f"the policy in {POLICY}/"
     print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/")
     if (output / "metadata.jsonl").exists() or (output / "train").exists():
@@ -350,4 +355,7 @@ Made by `collect_captions.py`; its constants, versions and commit are in `run.js
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except model_file.BadInput as error:
+        raise SystemExit(f"error: {error}") from None

@@ -93,7 +93,7 @@ def load_driver(name):
         model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
         check_frame_skip(POLICY, json.loads((collect_captions.ROOT / POLICY / "policy.json").read_text()))
         return Policy(model)
-    raise ValueError(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
+    raise model_file.BadInput(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
 
 
 def load_answerer(adapter):
@@ -105,7 +105,7 @@ def load_answerer(adapter):
 
 def check_frame_skip(folder, facts):
     if facts["frame_skip"] != car_racing_env.FRAME_SKIP:
-        raise ValueError(
+        raise model_file.BadInput(
             f"{folder}/ was made with FRAME_SKIP = {facts['frame_skip']}, car_racing_env.py has {car_racing_env.FRAME_SKIP}: "
             "put it back or rerun the stages"
         )
@@ -274,4 +274,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except model_file.BadInput as error:
+        raise SystemExit(f"error: {error}") from None

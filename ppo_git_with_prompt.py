@@ -405,11 +405,15 @@ def check_constants():
     for name in ("NUM_ENVS", "NUM_STEPS", "TOTAL_UPDATES", "K_EPOCHS", "MINIBATCH_SIZE"):
         value = globals()[name]
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} = {value!r} in ppo_git_with_prompt.py: it must be a whole number, 1 or more")
+            raise model_file.BadInput(
+                f"{name} = {value!r} in ppo_git_with_prompt.py: it must be a whole number, 1 or more"
+            )
     if NUM_ENVS < 2:
-        raise ValueError("NUM_ENVS = 1 in ppo_git_with_prompt.py: two halves take turns, so it must be 2 or more")
+        raise model_file.BadInput(
+            "NUM_ENVS = 1 in ppo_git_with_prompt.py: two halves take turns, so it must be 2 or more"
+        )
     if not 0 < GAMMA < 1 or not 0 <= GAE_LAMBDA <= 1:
-        raise ValueError("GAMMA must lie between 0 and 1, GAE_LAMBDA in [0, 1] (ppo_git_with_prompt.py)")
+        raise model_file.BadInput("GAMMA must lie between 0 and 1, GAE_LAMBDA in [0, 1] (ppo_git_with_prompt.py)")
 
 
 def main():
@@ -420,7 +424,7 @@ def main():
     state_file, state = results / "state.pt", None
     if RESUME:
         if not state_file.exists():
-            raise FileNotFoundError(
+            raise model_file.BadInput(
                 f"RESUME = True, but there is no {RESULTS_DIR}/state.pt: set it to False to start anew"
             )
         state = torch.load(state_file, weights_only=True)
@@ -567,4 +571,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except model_file.BadInput as error:
+        raise SystemExit(f"error: {error}") from None

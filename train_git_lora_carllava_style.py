@@ -60,23 +60,27 @@ class Captions(torch.utils.data.Dataset):
         self.folder = Path(folder)
         metadata = self.folder / "metadata.jsonl"
         if not metadata.exists():
-            raise FileNotFoundError(f"no captions in {self.folder}: run collect_captions.py first")
+            raise model_file.BadInput(f"no captions in {self.folder}: run collect_captions.py first")
         self.rows, answers = [], list(model_file.ANSWERS)
         for number, line in enumerate(metadata.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
                 name, text, prompt = row["file_name"], row["text"], row["prompt"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise model_file.BadInput(
                     f"{metadata}:{number} is no caption row ({error!r}): rerun collect_captions.py"
                 ) from None
             if text not in answers:
-                raise ValueError(f"{metadata}:{number}: unknown answer {text!r}, ANSWERS are {', '.join(answers)}")
+                raise model_file.BadInput(
+                    f"{metadata}:{number}: unknown answer {text!r}, ANSWERS are {', '.join(answers)}"
+                )
             if prompt != model_file.PROMPT:
-                raise ValueError(f"{metadata}:{number}: prompt {prompt!r} is not PROMPT: rerun collect_captions.py")
+                raise model_file.BadInput(
+                    f"{metadata}:{number}: prompt {prompt!r} is not PROMPT: rerun collect_captions.py"
+                )
             self.rows.append((name, answers.index(text)))
         if not self.rows:
-            raise ValueError(f"{metadata} has no rows: rerun collect_captions.py")
+            raise model_file.BadInput(f"{metadata} has no rows: rerun collect_captions.py")
 
     def __len__(self):
         return len(self.rows)
@@ -87,7 +91,9 @@ class Captions(torch.utils.data.Dataset):
             with Image.open(self.folder / name) as image:
                 return np.asarray(image.convert("RGB")), answer
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"cannot read {self.folder / name} ({error}): rerun collect_captions.py") from None
+            raise model_file.BadInput(
+                f"cannot read {self.folder / name} ({error}): rerun collect_captions.py"
+            ) from None
 
 
 class Collator:
@@ -286,12 +292,12 @@ def main():
     root = collect_captions.ROOT
     train, validation = (Captions(root / DATA_DIR / split) for split in ("train", "validation"))
     if len(train) < MIN_FRAMES:
-        raise SystemExit(
+        raise model_file.BadInput(
             f"{DATA_DIR}/ has {len(train)} training frames, only the shipped sample: run collect_captions.py first"
         )
     skip = json.loads((root / DATA_DIR / "run.json").read_text())["frame_skip"]
     if skip != car_racing_env.FRAME_SKIP:
-        raise SystemExit(
+        raise model_file.BadInput(
             f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"
         )
     git, processor = model_file.load_base(BASE_MODEL)
@@ -366,4 +372,7 @@ def last_loss(log):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except model_file.BadInput as error:
+        raise SystemExit(f"error: {error}") from None

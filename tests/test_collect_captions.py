@@ -51,8 +51,8 @@ def test_bursts_take_over_at_their_rate():
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
     """`collect_episode` in this process."""
-    monkeypatch.setattr(collect_captions, "DRIVER", None, raising=False)
-    monkeypatch.setattr(collect_captions, "ANSWERER", collect_captions.load_teacher(), raising=False)
+    monkeypatch.setattr(collect_captions, "policy", None, raising=False)
+    monkeypatch.setattr(collect_captions, "answerer", collect_captions.load_teacher(), raising=False)
     return monkeypatch
 
 
@@ -79,7 +79,7 @@ def test_an_episode_repeats_and_its_frames_are_those_of_the_simulator(worker, tm
 
 def test_a_stuck_episode_is_dropped(worker, tmp_path):
     brake = torch.eye(5)[4][None]
-    worker.setattr(collect_captions, "ANSWERER", lambda state: brake)
+    worker.setattr(collect_captions, "answerer", lambda state: brake)
     worker.setattr(collect_captions, "BURST_START", 0.0)
     assert collect_captions.collect_episode((0, str(tmp_path))) == []
     assert not list(tmp_path.iterdir())
@@ -96,7 +96,7 @@ def test_a_policy_drives_and_the_teacher_answers(pipeline, constants, tmp_path):
     assert len((output / "train" / "metadata.jsonl").read_text().splitlines()) == 20
     before = sorted(path.name for path in (output / "train").iterdir())
     constants(collect_captions, TEACHER="nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match="no teacher in"):
+    with pytest.raises(model_file.BadInput, match="no teacher in"):
         collect_captions.main()
     assert sorted(path.name for path in (output / "train").iterdir()) == before
     assert json.loads((output / "run.json").read_text())["constants"]["ANSWER_BY"] == "teacher"

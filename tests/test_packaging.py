@@ -1,5 +1,6 @@
 """The files that installation reads, and what importing a script does."""
 
+import os
 import re
 import subprocess
 import sys
@@ -30,3 +31,17 @@ def test_importing_defines_and_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_ends_a_script_with_one_line(tmp_path):
+    script = (ROOT / "train_git_lora_carllava_style.py").read_text()
+    copy = tmp_path / "stage2.py"
+    copy.write_text(script.replace('DATA_DIR = "CarRacing-Data"', f"DATA_DIR = {str(tmp_path)!r}"))
+    done = subprocess.run(
+        [sys.executable, str(copy)], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert (
+        done.stderr.strip().splitlines()[-1] == f"error: no captions in {tmp_path}/train: run collect_captions.py first"
+    )
+    assert "Traceback" not in done.stderr

@@ -194,14 +194,14 @@ def test_ctrl_c_keeps_what_was_written(toy_run, monkeypatch, capsys):
 )
 def test_bad_constants_are_named(constants, name, value):
     constants(ppo, **{name: value})
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(model_file.BadInput, match=name):
         ppo.main()
 
 
 def test_missing_state_and_adapter_are_named(constants, tmp_path):
     constants(ppo, RESULTS_DIR=str(tmp_path), RESUME=True)
-    with pytest.raises(FileNotFoundError, match="no .*state.pt"):
+    with pytest.raises(model_file.BadInput, match="no .*state.pt"):
         ppo.main()
     constants(ppo, RESUME=False, ADAPTER=str(tmp_path / "nothing"))
-    with pytest.raises(FileNotFoundError, match="run train_git_lora_carllava_style.py first"):
+    with pytest.raises(model_file.BadInput, match="run train_git_lora_carllava_style.py first"):
         ppo.main()

@@ -77,14 +77,14 @@ def test_lora_reaches_every_part(toy_model):
 def test_bad_captions_are_named(tmp_path, spoil, message):
     folder = write_split(tmp_path / "train", ["Brake"])
     spoil(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(model_file.BadInput, match=message):
         stage2.Captions(folder)
 
 
 def test_a_truncated_image_is_named(tmp_path):
     folder = write_split(tmp_path / "train", ["Brake"])
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="0.png"):
+    with pytest.raises(model_file.BadInput, match="0.png"):
         stage2.Captions(folder)[0]
 
 
@@ -92,11 +92,11 @@ def test_the_sample_is_refused(tmp_path, constants):
     for split in ("train", "validation"):
         write_split(tmp_path / split, ["Brake", "Accelerate"])
     constants(stage2, DATA_DIR=str(tmp_path))
-    with pytest.raises(SystemExit, match="only the shipped sample: run collect_captions.py"):
+    with pytest.raises(model_file.BadInput, match="only the shipped sample: run collect_captions.py"):
         stage2.main()
     (tmp_path / "run.json").write_text('{"frame_skip": 4}')
     constants(stage2, MIN_FRAMES=1)
-    with pytest.raises(SystemExit, match="FRAME_SKIP = 4"):
+    with pytest.raises(model_file.BadInput, match="FRAME_SKIP = 4"):
         stage2.main()
 
 
