@@ -285,7 +285,7 @@ class GitText2ActionWithPrompt(nn.Module):
         """Write `policy.safetensors` (the trained weights) and `policy.json` (`facts`: base, adapter, frame skip...)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().contiguous() for name, p in self.named_parameters() if self._is_trained(name)}
+        weights = {name: p.contiguous() for name, p in self.trained_parameters().items()}
         facts = facts | {
             "prompt": PROMPT, "answers": list(ANSWERS), "language_prior": LANGUAGE_PRIOR,
             "prior_floor": PRIOR_FLOOR, "head_size": HEAD_SIZE,
@@ -314,7 +314,7 @@ class GitText2ActionWithPrompt(nn.Module):
         weights = load_file(folder / "policy.safetensors")
         if facts.get("lora_rank") and not self.has_lora:
             self.add_lora(facts["lora_rank"], facts["lora_alpha"])
-        expected = {name: p for name, p in self.named_parameters() if self._is_trained(name)}
+        expected = self.trained_parameters()
         bad = [n for n in expected.keys() | weights.keys() if n not in weights or n not in expected
                or weights[n].shape != expected[n].shape]  # fmt: skip
         if bad:
@@ -322,8 +322,9 @@ class GitText2ActionWithPrompt(nn.Module):
         self.load_state_dict(weights, strict=False)
         return facts
 
-    def _is_trained(self, name):
-        return "_head." in name or "lora_" in name
+    def trained_parameters(self):
+        """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA if there is one."""
+        return {name: p.detach() for name, p in self.named_parameters() if "_head." in name or "lora_" in name}
 
     def _backbone(self):
         """The `GitForCausalLM`, with or without a PEFT model around it."""
