@@ -13,6 +13,8 @@ import numpy as np
 import pygame
 from gymnasium.envs.box2d import car_racing as stock
 from pygame import gfxdraw
+from pygame.surfarray import pixels2d
+from pygame.transform import smoothscale
 
 ENV_ID = "CarRacing-v3"
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
@@ -27,22 +29,23 @@ GRASS_PENALTY = 300.0  # reward subtracted by that end
 MISS_PENALTY = (
     100.0  # reward subtracted for each tile left behind unvisited; the first one costs the lap, some 30 points
 )
+PENALTY_RAMP = 0.25  # share of the lap over which both penalties grow from 0: a beginner would learn to stand still
 LAP_BONUS = 100.0  # reward added by a finished lap: about what driving on would be worth, as no frame shows the finish
 
 
-def _grass_squares():
-    """The playfield's light squares, in the order the stock class draws them, float64 (400, 4, 2)."""
-    corner = np.array([(x, y) for x in range(-20, 20, 2) for y in range(-20, 20, 2)], dtype=np.float64)
-    offsets = np.array([(1, 0), (0, 0), (0, 1), (1, 1)], dtype=np.float64)
-    return stock.GRASS_DIM * corner[:, None] + stock.GRASS_DIM * offsets
+BAR = stock.WINDOW_H // 8  # rows of the window that the instruments cover
+GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in the order the stock class draws them
+    [[(x + 1, y), (x, y), (x, y + 1), (x + 1, y + 1)] for x in range(-20, 20, 2) for y in range(-20, 20, 2)],
+    dtype=np.float64,
+)
 
 
 class FastCarRacing(stock.CarRacing):
     """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
 
-    The stock class transforms some 800 polygons a frame in Python, of which about 50 are visible. Here numpy
-    transforms and culls them all at once and the visible ones go to the same pygame calls; the score's font is loaded
-    once, the canvas is reused, and where nothing but playfield is in view the background is a plain fill.
+    The stock class transforms some 700 polygons a frame in Python, of which about 20 are visible. Here numpy transforms
+    and culls them all at once and the visible ones go to the same pygame calls. The picture is narrowed before it
+    is flipped, since narrowing works row by row; surfaces and score texts are kept.
 
     Set `drawing = False` to leave frames undrawn: `step` then returns None as observation, and `draw()` makes up
     for the last one.
@@ -50,8 +53,6 @@ class FastCarRacing(stock.CarRacing):
 
     drawing = True
     _score = 0.0  # what the last frame shows; the stock class draws before it subtracts the step's 0.1
-    _grass = _grass_squares()
-    _grass_centers = _grass.mean(1)
     _scores = {}  # rendered score texts, shared by the environments of a process
 
     def draw(self):
@@ -64,8 +65,9 @@ class FastCarRacing(stock.CarRacing):
     def _create_track(self):
         if not super()._create_track():
             return False
-        self._road = np.array([polygon for polygon, _ in self.road_poly], dtype=np.float64)
-        self._road_centers = self._road.mean(1)
+        road = np.array([polygon for polygon, _ in self.road_poly], dtype=np.float64)
+        self._polygons = np.concatenate([GRASS_SQUARES, road])
+        self._centers = self._polygons.mean(1)
         return True
 
     def _render(self, mode):
@@ -73,31 +75,39 @@ class FastCarRacing(stock.CarRacing):
             self._score = self.reward
             if not self.drawing:
                 return None
-        if mode == "human" or "t" not in self.__dict__:
+        if mode != "state_pixels" or "t" not in self.__dict__ or self._dials_overflow():
             return super()._render(mode)
-        self.surf = self._canvas
+        scene, instruments, narrow, upside_down, bar = self._surfaces
         zoom = 0.1 * stock.SCALE * max(1 - self.t, 0) + stock.ZOOM * stock.SCALE * min(self.t, 1)
         angle, (x, y) = -self.car.hull.angle, self.car.hull.position
         scroll = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
         translation = (stock.WINDOW_W / 2 + scroll[0], stock.WINDOW_H / 4 + scroll[1])
+        self.surf = scene
         self._render_road(zoom, translation, angle)
-        self.car.draw(self.surf, zoom, translation, angle, mode != "state_pixels")
-        # as pygame.transform.flip, into a surface that is kept: fresh memory costs more than the copy
-        np.copyto(pygame.surfarray.pixels2d(self._flipped), pygame.surfarray.pixels2d(self.surf)[:, ::-1])
-        self.surf = self._flipped
+        self.car.draw(scene, zoom, translation, angle, draw_particles=False)
+        self.surf = instruments
         self._render_indicators(stock.WINDOW_W, stock.WINDOW_H)
         text = self._score_text(f"{self.reward:04.0f}")
-        self.surf.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
-        size = (stock.VIDEO_W, stock.VIDEO_H) if mode == "rgb_array" else (stock.STATE_W, stock.STATE_H)
-        return self._create_image_array(self.surf, size)
+        instruments.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
+
+        rows = stock.WINDOW_H - BAR
+        smoothscale(scene.subsurface((0, BAR, stock.WINDOW_W, rows)), (stock.STATE_W, rows), upside_down)
+        smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), (stock.STATE_W, BAR), bar)
+        np.copyto(pixels2d(narrow)[:, :rows], pixels2d(upside_down)[:, ::-1])
+        return self._create_image_array(narrow, (stock.STATE_W, stock.STATE_H))
 
     @functools.cached_property
-    def _canvas(self):
-        return pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
+    def _surfaces(self):
+        """The kept surfaces: fresh memory for each frame would cost more than drawing the car."""
+        scene, instruments = (pygame.Surface((stock.WINDOW_W, stock.WINDOW_H)) for _ in range(2))
+        narrow = pygame.Surface((stock.STATE_W, stock.WINDOW_H))
+        upside_down = pygame.Surface((stock.STATE_W, stock.WINDOW_H - BAR))
+        bar = narrow.subsurface((0, stock.WINDOW_H - BAR, stock.STATE_W, BAR))
+        return scene, instruments, narrow, upside_down, bar
 
-    @functools.cached_property
-    def _flipped(self):
-        return pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
+    def _dials_overflow(self):
+        """Whether a dial rises above the instrument bar, as with wheels that spin without grip."""
+        return self.car.hull.linearVelocity.length > 190 or any(wheel.omega > 390 for wheel in self.car.wheels)
 
     def _score_text(self, score):
         if score not in self._scores:
@@ -113,29 +123,23 @@ class FastCarRacing(stock.CarRacing):
             self.surf.fill([int(c) for c in self.bg_color])
         else:
             self.surf.fill(0)
-            field = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
-            self._draw_visible(field, [self.bg_color], zoom, translation, angle)
-        # nothing drawn is wider than a grass square
-        reach += stock.GRASS_DIM
-        near = np.flatnonzero(np.square(self._grass_centers - position).sum(1) < reach**2)
-        self._draw_visible(self._grass[near], [self.grass_color] * len(near), zoom, translation, angle)
-        near = np.flatnonzero(np.square(self._road_centers - position).sum(1) < reach**2)
-        # tile colours change in place when a tile is visited, so they are read now
-        self._draw_visible(self._road[near], [self.road_poly[i][1] for i in near], zoom, translation, angle)
+            field = [(stock.PLAYFIELD * x, stock.PLAYFIELD * y) for x, y in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
+            self._draw_colored_polygon(self.surf, field, self.bg_color, zoom, translation, angle, clip=False)
 
-    def _draw_visible(self, polygons, colors, zoom, translation, angle):
-        """Transform world polygons, float64 (N, 4, 2), to the screen and draw those that touch it."""
-        if not len(polygons):
-            return
+        offset = self._centers - position
+        reach += stock.GRASS_DIM  # nothing is wider than a grass square
+        near = np.flatnonzero(np.einsum("ij,ij->i", offset, offset) < reach**2)
         cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
-        x, y = polygons[..., 0], polygons[..., 1]
+        x, y = np.moveaxis(self._polygons[near], -1, 0)
         points = np.stack(
             [(cos * x - sin * y) * zoom + translation[0], (sin * x + cos * y) * zoom + translation[1]], axis=-1
         )
-        size = (stock.WINDOW_W, stock.WINDOW_H)
-        visible = ((points.max(1) > -2) & (points.min(1) < np.add(size, 2))).all(1)
-        for i in np.flatnonzero(visible):
-            corners, color = points[i].tolist(), [int(c) for c in colors[i]]
+        visible = (points.max(1) > -2) & (points.min(1) < (stock.WINDOW_W + 2, stock.WINDOW_H + 2))
+        for i in np.flatnonzero(visible.all(1)):
+            road = near[i] - len(GRASS_SQUARES)
+            # tile colours change in place when a tile is visited, so they are read now
+            color = [int(c) for c in (self.grass_color if road < 0 else self.road_poly[road][1])]
+            corners = points[i].tolist()
             gfxdraw.aapolygon(self.surf, corners, color)
             gfxdraw.filled_polygon(self.surf, corners, color)
 
@@ -184,11 +188,14 @@ class TrainingRewards(gym.Wrapper):
     ("lap", "field", "time", "grass") and `track_seed`.
     """
 
-    def __init__(self, env, seed, *, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, lap_bonus):
+    def __init__(
+        self, env, seed, *, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, penalty_ramp, lap_bonus
+    ):
         super().__init__(env)
         self.rng = np.random.default_rng(seed)
-        self.tracks, self.reward_clip, self.miss_penalty = tracks, reward_clip, miss_penalty
-        self.grass_limit, self.grass_penalty, self.lap_bonus = grass_limit, grass_penalty, lap_bonus
+        self.tracks, self.reward_clip, self.lap_bonus = tracks, reward_clip, lap_bonus
+        self.grass_limit, self.grass_penalty = grass_limit, grass_penalty
+        self.miss_penalty, self.penalty_ramp = miss_penalty, penalty_ramp
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -208,15 +215,17 @@ class TrainingRewards(gym.Wrapper):
         touched = [tile.idx for wheel in car.wheels for tile in wheel.tiles]
         # the start line lies behind the car: a tile far ahead of the front one is one behind it
         self.front = max([self.front, *(i for i in touched if i - self.front < 30)])
-        missed = max(self.missed, self.front + 1 - self.unwrapped.tile_visited_count)
-        reward -= self.miss_penalty * (missed - self.missed)
+        visited = self.unwrapped.tile_visited_count
+        stake = min(1.0, visited / max(1.0, self.penalty_ramp * len(self.unwrapped.track)))
+        missed = max(self.missed, self.front + 1 - visited)
+        reward -= stake * self.miss_penalty * (missed - self.missed)
         self.missed = missed
 
         end = episode_end(terminated, truncated, info)
         reward += self.lap_bonus * (end == "lap")
         self.on_grass = 0 if touched else self.on_grass + self.env.skip
         if self.on_grass >= self.grass_limit and not end:
-            reward, terminated, end = reward - self.grass_penalty, True, "grass"
+            reward, terminated, end = reward - stake * self.grass_penalty, True, "grass"
         if end:
             info = info | {
                 "episode_return": self.episode_return,
@@ -240,7 +249,7 @@ def make_env(frame_skip, draw=True, **kwargs):
 
 
 def make_training_env(
-    seed, frame_skip, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, lap_bonus, draw=True
+    seed, frame_skip, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, penalty_ramp, lap_bonus, draw=True
 ):
     """The plain task inside `TrainingRewards`; every value is an argument, so that spawned workers get them too."""
     return TrainingRewards(
@@ -251,5 +260,6 @@ def make_training_env(
         grass_limit=grass_limit,
         grass_penalty=grass_penalty,
         miss_penalty=miss_penalty,
+        penalty_ramp=penalty_ramp,
         lap_bonus=lap_bonus,
     )

@@ -162,6 +162,7 @@ def make_envs(seed):
         grass_limit=world.GRASS_LIMIT,
         grass_penalty=world.GRASS_PENALTY,
         miss_penalty=world.MISS_PENALTY,
+        penalty_ramp=world.PENALTY_RAMP,
         lap_bonus=world.LAP_BONUS,
     )
     same_step = gym.vector.AutoresetMode.SAME_STEP

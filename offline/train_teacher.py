@@ -36,6 +36,7 @@ BURST_LONGEST = 7  # decisions
 
 GRASS_PENALTY = 10.0  # these three instead of car_racing_env's
 MISS_PENALTY = 10.0
+PENALTY_RAMP = 0.0
 LAP_BONUS = 0.0  # this critic knows how much of the lap is left
 
 LEARNING_RATE = 5e-4  # falls linearly to a tenth
@@ -85,6 +86,7 @@ def start_worker(rank, counter, seed):
             car_racing_env.GRASS_LIMIT,
             GRASS_PENALTY,
             MISS_PENALTY,
+            PENALTY_RAMP,
             LAP_BONUS,
             draw=False,
         )

@@ -13,7 +13,13 @@ import collect_captions
 import GitText2ActionWithPrompt as model_file
 
 SETTINGS = dict(
-    tracks=100_000, reward_clip=10.0, grass_limit=50, grass_penalty=10.0, miss_penalty=10.0, lap_bonus=100.0
+    tracks=100_000,
+    reward_clip=10.0,
+    grass_limit=50,
+    grass_penalty=10.0,
+    miss_penalty=10.0,
+    penalty_ramp=0.0,
+    lap_bonus=100.0,
 )
 
 
@@ -124,6 +130,21 @@ def test_a_tile_left_behind_costs():
         body.position, body.angle = (x, y), heading
     total = sum(env.step(0)[1] for _ in range(3))
     assert env.missed >= 3 and total < -10 * env.missed + 20
+
+
+def test_penalties_grow_over_the_first_part_of_the_lap():
+    """The same drive off the road costs its share of the lap so far, the whole penalty without a ramp."""
+    last = {}
+    for ramp in (0.0, 0.25, 1e9):
+        env = car_racing_env.make_training_env(3, 2, draw=False, **SETTINGS | {"penalty_ramp": ramp, "miss_penalty": 0.0})
+        env.reset()
+        terminated = False
+        while not terminated:
+            _, last[ramp], terminated, *_ = env.step(3)
+    share = env.unwrapped.tile_visited_count / (0.25 * len(env.unwrapped.track))
+    assert 0 < share < 1
+    assert last[1e9] - last[0.0] == pytest.approx(SETTINGS["grass_penalty"])
+    assert last[1e9] - last[0.25] == pytest.approx(share * SETTINGS["grass_penalty"])
 
 
 def test_workers_from_spawn_draw_different_tracks_and_repeat():
