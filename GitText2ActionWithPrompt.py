@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers.activations import QuickGELUActivation
 
 ROOT = Path(__file__).resolve().parent
 
@@ -162,6 +163,7 @@ class GitText2ActionWithPrompt(nn.Module):
                         "put it back or rerun collect_captions.py and train_git_lora_carllava_style.py"
                     )
             git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
+        _fold_quick_gelu(git)
         return cls(git.eval().requires_grad_(False), processor)
 
     @classmethod
@@ -190,7 +192,11 @@ class GitText2ActionWithPrompt(nn.Module):
         """What each decoder layer makes of the image: a list of (key, value), each (B, heads, image rows, head size)."""
         git = self._backbone().git
         pixels = preprocess(frames, self.processor.image_processor).to(self.device)
-        hidden = git.visual_projection(git.image_encoder(pixels).last_hidden_state)
+        vision = git.image_encoder.vision_model
+        hidden = vision.pre_layrnorm(vision.embeddings(pixels))
+        for layer in vision.encoder.layers:
+            hidden = _look(layer, hidden)
+        hidden = git.visual_projection(vision.post_layernorm(hidden))
         memory = []
         for i, layer in enumerate(git.encoder.layer):
             memory.append(_keys_and_values(layer, hidden))
@@ -329,6 +335,32 @@ class GitText2ActionWithPrompt(nn.Module):
     def _backbone(self):
         """The `GitForCausalLM`, with or without a PEFT model around it."""
         return self.git.get_base_model() if isinstance(self.git, PeftModel) else self.git
+
+
+def _fold_quick_gelu(git):
+    """Put the factor of quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702 into the weights around it.
+
+    One operation instead of three: a fifth of the image encoder's time.
+    """
+    for layer in git.git.image_encoder.vision_model.encoder.layers:
+        if isinstance(layer.mlp.activation_fn, QuickGELUActivation):
+            with torch.no_grad():
+                layer.mlp.fc1.weight *= 1.702
+                layer.mlp.fc1.bias *= 1.702
+                layer.mlp.fc2.weight /= 1.702
+            layer.mlp.activation_fn = nn.SiLU(inplace=True)
+
+
+def _look(layer, hidden):
+    """One layer of the image encoder, without the wrappers around it that cost a third of the time at batch 1."""
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    query, key, value = (
+        project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    context = F.scaled_dot_product_attention(query, key, value)
+    hidden = hidden + attention.out_proj(context.transpose(1, 2).flatten(2))
+    return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
 def _keys_and_values(layer, hidden):

@@ -34,7 +34,11 @@ VIDEO = True  # also film the first track
 SEED = 0  # of the random driver
 
 DRIVERS = ("random", "teacher", "answers", "policy")
-SIM_ACTIONS = np.array(list(model_file.ANSWERS.values()))  # logit order -> the simulator's index
+
+
+def to_simulator(actions):
+    """Actions in the order of ANSWERS, an int tensor (N,), as the simulator's indices, int64 numpy (N,)."""
+    return np.array(list(model_file.ANSWERS.values()))[actions.cpu().numpy()]
 
 
 class Random:
@@ -78,7 +82,7 @@ class Policy:
 
     @torch.no_grad()
     def __call__(self, frames, infos):
-        return SIM_ACTIONS[self.model(frames)[0].argmax(1).cpu().numpy()]
+        return to_simulator(self.model(frames)[0].argmax(1))
 
 
 def load_driver(name):

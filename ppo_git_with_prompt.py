@@ -20,18 +20,15 @@ import signal
 import time
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import car_racing_env
 import collect_captions
+import draw_results
 import evaluate
 import GitText2ActionWithPrompt as model_file
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 SEED = 0
 ADAPTER = "lora_git_caption_model_carllava"  # "" asks the base BASE_WITHOUT_ADAPTER, which was never taught to drive
@@ -238,7 +235,7 @@ def collect_rollout(halves, frames, model):
         }
         if TRAIN_LORA:
             step["frames"] = torch.from_numpy(frames[half].copy())
-        halves[half].step_async(evaluate.SIM_ACTIONS[action.cpu().numpy()])
+        halves[half].step_async(evaluate.to_simulator(action))
         pending[half] = step, t
 
     for t in range(NUM_STEPS):
@@ -305,7 +302,7 @@ class Log:
 
     def __init__(self, path, resume_after=None):
         self.path, self.fields = path, None
-        rows = read_log(path) if resume_after is not None and path.exists() else []
+        rows = draw_results.read_log(path) if resume_after is not None and path.exists() else []
         path.unlink(missing_ok=True)
         for row in rows:
             if int(row["update"]) <= resume_after:
@@ -318,78 +315,6 @@ class Log:
                 self.fields = list(row)
                 writer.writeheader()
             writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()})
-
-
-def read_log(path):
-    """The rows of a CSV log as dicts of strings; [] if it is not there."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def draw_reward_curve(results):
-    """reward_curve.png from the CSV files: episodes, their moving mean, evaluations with error bars, 900, answers alone."""
-    episodes, evaluations = read_log(results / "reward_log.csv"), read_log(results / "eval_log.csv")
-    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    if episodes:
-        frames = np.array([int(row["env_frames"]) for row in episodes])
-        returns = np.array([float(row["return"]) for row in episodes])
-        axis.plot(
-            frames,
-            returns,
-            ".",
-            color="tab:blue",
-            alpha=0.25,
-            ms=4,
-            label="training episodes (sampled actions, early stop)",
-        )
-        window = min(50, len(returns))
-        mean = np.convolve(returns, np.ones(window) / window, "valid")
-        axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
-    policy = [row for row in evaluations if row["driver"] == "policy"]
-    if policy:
-        x, mean, std = ([float(row[key]) for row in policy] for key in ("env_frames", "mean", "std"))
-        axis.errorbar(
-            x,
-            mean,
-            std,
-            fmt="o-",
-            color="tab:orange",
-            capsize=3,
-            label=f"greedy on {len(EVAL_TRACKS)} validation tracks ± std",
-        )
-    for row in evaluations:
-        if row["driver"] == "answers":
-            axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
-    axis.axhline(900, color="grey", ls=":", label="900: solved")
-    axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axis.grid(alpha=0.3)
-    figure.savefig(results / "reward_curve.png", dpi=130)
-    plt.close(figure)
-
-
-def draw_updates(results, name, columns):
-    """One small graph per column of update_log.csv, side by side, in RESULTS_DIR/<name>.png."""
-    rows = read_log(results / "update_log.csv")
-    figure, axes = plt.subplots(1, len(columns), figsize=(2.9 * len(columns), 2.7), layout="constrained")
-    for axis, column in zip(axes, columns):
-        axis.plot([int(row["env_frames"]) for row in rows], [float(row[column]) for row in rows], lw=1)
-        axis.set(title=column, xlabel="environment frames")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-        axis.grid(alpha=0.3)
-    figure.savefig(results / f"{name}.png", dpi=130)
-    plt.close(figure)
-
-
-def draw_graphs(results):
-    draw_reward_curve(results)
-    if read_log(results / "update_log.csv"):
-        draw_updates(results, "ppo_losses", ["policy_loss", "value_loss", "entropy", "kl_to_answers"])
-        draw_updates(
-            results, "ppo_diagnostics", ["approx_kl", "clipfrac", "explained_variance", "decisions_per_second"]
-        )
 
 
 def tensorboard(folder):
@@ -421,7 +346,6 @@ def main():
     check_constants()
     began, facts = time.time(), collect_captions.run_facts()
     results = collect_captions.ROOT / RESULTS_DIR
-    results.mkdir(parents=True, exist_ok=True)
     state_file, state = results / "state.pt", None
     if RESUME:
         if not state_file.exists():
@@ -431,7 +355,7 @@ def main():
         state = torch.load(state_file, weights_only=True)
     first_update = state["update"] + 1 if state else 1
     envs = make_envs(SEED + 1000 * (first_update - 1))
-    writer = None
+    writer, began_writing = None, False
     try:
         torch.set_num_threads(TORCH_THREADS)
         torch.manual_seed(SEED)
@@ -459,6 +383,8 @@ def main():
             f"{sum(p.numel() for g in groups for p in g['params']):,} parameters train; writes {RESULTS_DIR}/"
         )
         resume_after = state["update"] if state else None
+        results.mkdir(parents=True, exist_ok=True)
+        began_writing = True
         reward_log, update_log, eval_log = (
             Log(results / f"{name}_log.csv", resume_after) for name in ("reward", "update", "eval")
         )
@@ -469,7 +395,7 @@ def main():
             scores = evaluate.evaluate(act, EVAL_TRACKS, evaluate.NUM_ENVS)
             summary = evaluate.summarize(scores)
             eval_log.write({"update": update, "env_frames": env_frames, "driver": name, **summary})
-            draw_graphs(results)
+            draw_results.draw(results)
             if writer:
                 writer.add_scalar(f"eval/{name}_return", summary["mean"], env_frames)
             tqdm.write(
@@ -563,9 +489,9 @@ def main():
             half.close()
         if writer:
             writer.close()
-        if read_log(results / "eval_log.csv"):
-            draw_graphs(results)
-        collect_captions.write_run(results, globals(), began, facts)
+        if began_writing:
+            draw_results.draw(results)
+            collect_captions.write_run(results, globals(), began, facts)
     print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
 
 

@@ -171,7 +171,7 @@ class EpochReport(TrainerCallback):
     """After every epoch: validate, print a row, append it to lora_log.csv and redraw the graphs."""
 
     def __init__(self, model, data, results):
-        self.model, self.data, self.results = model, data, results
+        self.model, self.data, self.results, self.metrics = model, data, results, None
         self.log = results / "lora_log.csv"
         self.began = time.time()
 
@@ -179,12 +179,12 @@ class EpochReport(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         self.model.eval()
-        metrics, confusion = validate(self.model, self.data, args.per_device_eval_batch_size)
+        self.metrics, confusion = validate(self.model, self.data, args.per_device_eval_batch_size)
         self.model.train()
         row = {
             "epoch": round(state.epoch),
             "average_loss": logs["loss"],
-            **metrics,
+            **self.metrics,
             "seconds": time.time() - self.began,
         }
         fresh = row["epoch"] == 1 or not self.log.exists()
@@ -339,9 +339,8 @@ def main():
         callbacks=[report],
     )
     trainer.train(resume_from_checkpoint=RESUME)
-    model.eval()
-    metrics, _ = validate(model, validation, BATCH_SIZE)
-
+    if report.metrics is None:  # resumed after the last epoch
+        report.metrics, _ = validate(model.eval(), validation, BATCH_SIZE)
     output = root / OUTPUT_DIR
     if output.exists():
         print(f"replaces {OUTPUT_DIR}/; the shipped adapter comes back with: git checkout {OUTPUT_DIR}")
@@ -350,7 +349,7 @@ def main():
     git.peft_config["default"].base_model_name_or_path = BASE_MODEL
     git.save_pretrained(partial)
     processor.save_pretrained(partial)
-    (partial / "README.md").write_text(card(metrics, trainable, total))
+    (partial / "README.md").write_text(card(report.metrics, trainable, total))
     task = {
         "base_model": BASE_MODEL, "base_fingerprint": base_fingerprint, "prompt": model_file.PROMPT,
         "answers": list(model_file.ANSWERS), "frame_skip": car_racing_env.FRAME_SKIP,

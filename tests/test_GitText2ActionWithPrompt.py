@@ -30,35 +30,41 @@ def test_bad_frames_are_named(toy_model, bad):
         toy_model(bad)
 
 
-def whole_answer_scores(model, frames):
+@pytest.fixture
+def hugging_face(toy_base):
+    """The same weights in Hugging Face's own class, as it loads them."""
+    return GitForCausalLM.from_pretrained(toy_base).eval()
+
+
+def whole_answer_scores(git, model, frames):
     """Oracle: each answer's log-likelihood by Hugging Face's forward over prompt + whole answer, one at a time."""
     pixels = model_file.preprocess(frames, model.processor.image_processor)
     scores = []
     for answer in model.answers:
         tokens = torch.tensor(model.prompt + answer).expand(len(frames), -1)
-        logits = model.git(input_ids=tokens, pixel_values=pixels).logits[:, -tokens.shape[1] :].double().log_softmax(-1)
+        logits = git(input_ids=tokens, pixel_values=pixels).logits[:, -tokens.shape[1] :].double().log_softmax(-1)
         first = len(model.prompt) - 1
         scores.append(sum(logits[:, first + i, word] for i, word in enumerate(answer)))
     return torch.stack(scores, 1).log_softmax(1)
 
 
 @torch.no_grad()
-def test_one_pass_equals_hugging_face(toy_model, frames):
+def test_one_pass_equals_hugging_face(toy_model, hugging_face, frames):
     pixels = model_file.preprocess(frames, toy_model.processor.image_processor)
     prompt = torch.tensor(toy_model.prompt).expand(3, -1)
-    states = toy_model.git.git(input_ids=prompt, pixel_values=pixels).last_hidden_state
+    states = hugging_face.git(input_ids=prompt, pixel_values=pixels).last_hidden_state
     assert torch.allclose(toy_model.features(frames), states[:, -1], atol=1e-5)
     assert torch.allclose(toy_model.encode(frames)[0], states[:, -1], atol=1e-5)
     assert torch.allclose(
-        toy_model.answer_log_probs(frames).double(), whole_answer_scores(toy_model, frames), atol=1e-5
+        toy_model.answer_log_probs(frames).double(), whole_answer_scores(hugging_face, toy_model, frames), atol=1e-5
     )
 
 
-def test_answer_equals_generate(toy_model, frames):
+def test_answer_equals_generate(toy_model, hugging_face, frames):
     tokenizer = toy_model.processor.tokenizer
     pixels = model_file.preprocess(frames, toy_model.processor.image_processor)
     prompt = torch.tensor(toy_model.prompt).expand(3, -1)
-    words = toy_model.git.generate(
+    words = hugging_face.generate(
         pixel_values=pixels, input_ids=prompt, max_new_tokens=model_file.MAX_ANSWER_TOKENS, do_sample=False
     )
     theirs = tokenizer.batch_decode(words[:, prompt.shape[1] :], skip_special_tokens=True)
@@ -162,5 +168,5 @@ def test_a_full_size_git_goes_the_same_way(toy_model, frames):
     logits, value = model(frames[:1])
     assert logits.shape == (1, 5) and value.shape == (1,)
     assert torch.allclose(
-        model.answer_log_probs(frames[:1]).double(), whole_answer_scores(model, frames[:1]), atol=1e-4
+        model.answer_log_probs(frames[:1]).double(), whole_answer_scores(model.git, model, frames[:1]), atol=1e-4
     )

@@ -136,7 +136,9 @@ def test_penalties_grow_over_the_first_part_of_the_lap():
     """The same drive off the road costs its share of the lap so far, the whole penalty without a ramp."""
     last = {}
     for ramp in (0.0, 0.25, 1e9):
-        env = car_racing_env.make_training_env(3, 2, draw=False, **SETTINGS | {"penalty_ramp": ramp, "miss_penalty": 0.0})
+        env = car_racing_env.make_training_env(
+            3, 2, draw=False, **SETTINGS | {"penalty_ramp": ramp, "miss_penalty": 0.0}
+        )
         env.reset()
         terminated = False
         while not terminated:

@@ -1,14 +1,20 @@
 """PPO's pure parts against independent float64 oracles, and the loop at toy size."""
 
-import csv
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import draw_results
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
 
@@ -135,11 +141,6 @@ def test_not_a_number_stops_the_run(toy_model, constants):
         ppo.update_policy(toy_model, optimizer, batch, warming_up=False)
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture
 def toy_run(constants, toy_base, tmp_path):
     constants(
@@ -160,33 +161,40 @@ def test_a_run_writes_everything_and_resumes(toy_run, train_lora):
     names = {path.name for path in folder.iterdir()}  # no reward_log.csv yet: no episode ends in so few decisions
     assert {"update_log.csv", "eval_log.csv", "reward_curve.png", "ppo_losses.png", "ppo_diagnostics.png"} <= names
     assert {"state.pt", "run.json", "policy"} <= names
-    assert [row["update"] for row in rows(folder / "update_log.csv")] == ["1", "2"]
-    assert float(rows(folder / "update_log.csv")[0]["approx_kl"]) < 1e-6
+    assert [row["update"] for row in draw_results.read_log(folder / "update_log.csv")] == ["1", "2"]
+    assert float(draw_results.read_log(folder / "update_log.csv")[0]["approx_kl"]) < 1e-6
     first = (folder / "update_log.csv").read_text()
     set_constants(RESUME=True, TOTAL_UPDATES=3)
     ppo.main()
-    log = rows(folder / "update_log.csv")
+    log = draw_results.read_log(folder / "update_log.csv")
     assert [row["update"] for row in log] == ["1", "2", "3"]
     assert (folder / "update_log.csv").read_text().startswith(first)
     assert json.loads((folder / "policy" / "policy.json").read_text())["prompt"] == model_file.PROMPT
 
 
-def test_ctrl_c_keeps_what_was_written(toy_run, monkeypatch, capsys):
-    set_constants, folder = toy_run
-    set_constants(TOTAL_UPDATES=5)
-    original, calls = ppo.update_policy, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(ppo, "update_policy", interrupted)
-    ppo.main()
-    assert "stopped by Ctrl-C" in capsys.readouterr().out
-    assert len(rows(folder / "update_log.csv")) == 2
-    assert (folder / "policy" / "policy.safetensors").exists() and (folder / "reward_curve.png").exists()
+def test_ctrl_c_keeps_what_was_written(toy_base, tmp_path):
+    """A real SIGINT to the whole process group, as a terminal sends it, after the first update."""
+    code = f"""
+import ppo_git_with_prompt as ppo
+ppo.ADAPTER, ppo.BASE_WITHOUT_ADAPTER, ppo.RESULTS_DIR = "", {str(toy_base)!r}, {str(tmp_path)!r}
+ppo.NUM_ENVS, ppo.NUM_STEPS, ppo.EVAL_TRACKS = 2, 20, range(100_000, 100_001)
+ppo.evaluate.evaluate = lambda act, tracks, envs: [{{"return": 0.0, "end": "time"}} for _ in tracks]
+ppo.main()
+"""
+    root = Path(ppo.__file__).parent
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    while len(draw_results.read_log(tmp_path / "update_log.csv")) < 2 and run.poll() is None:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped by Ctrl-C" in output
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        os.killpg(run.pid, 0)
+    assert len(draw_results.read_log(tmp_path / "update_log.csv")) >= 2
+    for name in ("state.pt", "policy/policy.safetensors", "reward_curve.png", "run.json"):
+        assert (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -199,9 +207,10 @@ def test_bad_constants_are_named(constants, name, value):
 
 
 def test_missing_state_and_adapter_are_named(constants, tmp_path):
-    constants(ppo, RESULTS_DIR=str(tmp_path), RESUME=True)
+    constants(ppo, RESULTS_DIR=str(tmp_path / "results"), RESUME=True)
     with pytest.raises(model_file.BadInput, match="no .*state.pt"):
         ppo.main()
     constants(ppo, RESUME=False, ADAPTER=str(tmp_path / "nothing"))
     with pytest.raises(model_file.BadInput, match="run train_git_lora_carllava_style.py first"):
         ppo.main()
+    assert not (tmp_path / "results").exists()

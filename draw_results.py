@@ -1,0 +1,96 @@
+"""The graphs of a PPO run, drawn from its CSV files; `ppo_git_with_prompt.py` calls this after every evaluation.
+
+Reads RESULTS_DIR/reward_log.csv, update_log.csv and eval_log.csv. Writes reward_curve.png, ppo_losses.png and
+ppo_diagnostics.png beside them.
+
+    python draw_results.py      # redraw, for instance while a run goes on
+"""
+
+import csv
+
+import matplotlib
+import numpy as np
+
+import collect_captions
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+RESULTS_DIR = "results"
+
+
+def read_log(path):
+    """The rows of a CSV log as dicts of strings; [] if it is not there."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def draw_reward_curve(results):
+    """reward_curve.png: episodes, their moving mean, evaluations with error bars, the 900 line, answers alone."""
+    episodes, evaluations = read_log(results / "reward_log.csv"), read_log(results / "eval_log.csv")
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    if episodes:
+        frames = np.array([int(row["env_frames"]) for row in episodes])
+        returns = np.array([float(row["return"]) for row in episodes])
+        axis.plot(
+            frames,
+            returns,
+            ".",
+            color="tab:blue",
+            alpha=0.25,
+            ms=4,
+            label="training episodes (sampled actions, early stop)",
+        )
+        window = min(50, len(returns))
+        mean = np.convolve(returns, np.ones(window) / window, "valid")
+        axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
+    policy = [row for row in evaluations if row["driver"] == "policy"]
+    if policy:
+        x, mean, std = ([float(row[key]) for row in policy] for key in ("env_frames", "mean", "std"))
+        axis.errorbar(
+            x,
+            mean,
+            std,
+            fmt="o-",
+            color="tab:orange",
+            capsize=3,
+            label="greedy on the validation tracks ± std",
+        )
+    for row in evaluations:
+        if row["driver"] == "answers":
+            axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
+    axis.axhline(900, color="grey", ls=":", label="900: solved")
+    axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.grid(alpha=0.3)
+    figure.savefig(results / "reward_curve.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_updates(results, name, columns):
+    """One small graph per column of update_log.csv, side by side, in <name>.png."""
+    rows = read_log(results / "update_log.csv")
+    figure, axes = plt.subplots(1, len(columns), figsize=(2.9 * len(columns), 2.7), layout="constrained")
+    for axis, column in zip(axes, columns):
+        axis.plot([int(row["env_frames"]) for row in rows], [float(row[column]) for row in rows], lw=1)
+        axis.set(title=column, xlabel="environment frames")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.grid(alpha=0.3)
+    figure.savefig(results / f"{name}.png", dpi=130)
+    plt.close(figure)
+
+
+def draw(results):
+    """All graphs of a run's folder."""
+    draw_reward_curve(results)
+    if read_log(results / "update_log.csv"):
+        draw_updates(results, "ppo_losses", ["policy_loss", "value_loss", "entropy", "kl_to_answers"])
+        draw_updates(
+            results, "ppo_diagnostics", ["approx_kl", "clipfrac", "explained_variance", "decisions_per_second"]
+        )
+
+
+if __name__ == "__main__":
+    draw(collect_captions.ROOT / RESULTS_DIR)
