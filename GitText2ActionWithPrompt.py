@@ -8,6 +8,7 @@ through the decoder gives keys and values that any text can attend to: `see` com
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ PRIOR_FLOOR = 0.02  # share of the prior spread over all answers, so that every 
 HEAD_SIZE = 256  # the head's expanded hidden layer
 DROPOUT = 0.1  # in the head, while training only
 MAX_ANSWER_TOKENS = 6
+DEVICE = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one; on CUDA the backbone runs in bfloat16
 
 TASK_FILE = "task.json"  # beside an adapter: what it was trained for
 # every linear layer of decoder, image encoder, projection and word output, by full name: "output" alone also hits blocks
@@ -40,6 +42,17 @@ LORA_TARGETS = (
 
 class BadInput(ValueError):
     """Something the user can mend: the message names the file or constant and the remedy. Scripts end with that line."""
+
+
+def device():
+    """The torch device that DEVICE means, under torchrun this process's own GPU."""
+    if DEVICE not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"DEVICE = {DEVICE!r} in GitText2ActionWithPrompt.py: use 'auto', 'cpu' or 'cuda'")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise BadInput("DEVICE = 'cuda' in GitText2ActionWithPrompt.py, but torch finds no GPU: use 'auto' or 'cpu'")
+    if DEVICE == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def preprocess(frames, image_processor):
@@ -164,7 +177,7 @@ class GitText2ActionWithPrompt(nn.Module):
                     )
             git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
         _fold_quick_gelu(git)
-        return cls(git.eval().requires_grad_(False), processor)
+        return cls(git.eval().requires_grad_(False), processor).to(device())
 
     @classmethod
     def from_policy(cls, folder):
@@ -184,14 +197,15 @@ class GitText2ActionWithPrompt(nn.Module):
 
     @property
     def device(self):
-        return self.policy_head[0].weight.device
+        return self._backbone().output.weight.device
 
     # the backbone
 
     def see(self, frames):
         """What each decoder layer makes of the image: a list of (key, value), each (B, heads, image rows, head size)."""
         git = self._backbone().git
-        pixels = preprocess(frames, self.processor.image_processor).to(self.device)
+        frames = torch.as_tensor(frames).to(self.device, non_blocking=True)
+        pixels = preprocess(frames, self.processor.image_processor)
         vision = git.image_encoder.vision_model
         hidden = vision.pre_layrnorm(vision.embeddings(pixels))
         for layer in vision.encoder.layers:
@@ -229,15 +243,17 @@ class GitText2ActionWithPrompt(nn.Module):
         return self._read_answers(frames)
 
     def _read_answers(self, frames):
-        states = self.read(self.see(frames), self.prompt + self.shared_word)
-        last = len(self.prompt) - 1
-        words = self._backbone().output(states[:, last:]).log_softmax(-1)
+        with self._autocast():
+            states = self.read(self.see(frames), self.prompt + self.shared_word)
+            last = len(self.prompt) - 1
+            words = self._backbone().output(states[:, last:]).float().log_softmax(-1)
         scores = torch.stack([sum(words[:, i, word] for i, word in enumerate(x)) for x in self.answers], 1)
-        return states[:, last], scores.log_softmax(-1)
+        return states[:, last].float(), scores.log_softmax(-1)
 
     def features(self, frames):
         """Hidden state of the last prompt token, the one that predicts the answer's first word: (B, hidden)."""
-        return self.read(self.see(frames), self.prompt)[:, -1]
+        with self._autocast():
+            return self.read(self.see(frames), self.prompt)[:, -1].float()
 
     def answer_log_probs(self, frames):
         """Log-probability of each of the five answers, normalised over them: (B, 5)."""
@@ -331,6 +347,9 @@ class GitText2ActionWithPrompt(nn.Module):
     def trained_parameters(self):
         """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA if there is one."""
         return {name: p.detach() for name, p in self.named_parameters() if "_head." in name or "lora_" in name}
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _backbone(self):
         """The `GitForCausalLM`, with or without a PEFT model around it."""

@@ -186,7 +186,12 @@ class TrainingRewards(gym.Wrapper):
     track; a seed given to `reset` restarts that generator. The early stop is a termination with a penalty, never a
     truncation. When an episode ends, `info` holds its true return (`episode_return`), frames (`episode_length`), `end`
     ("lap", "field", "time", "grass") and `track_seed`.
+
+    Box2D's state cannot be saved: `snapshot()` keeps the track and the actions so far, and the first `reset` after
+    `resume_from = snapshot` drives them again, undrawn, to the very same moment.
     """
+
+    resume_from = None
 
     def __init__(
         self, env, seed, *, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, penalty_ramp, lap_bonus
@@ -200,13 +205,33 @@ class TrainingRewards(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        self.track_seed = int(self.rng.integers(self.tracks))
+        if self.resume_from is not None:
+            return self._resume(options)
+        return self._start(int(self.rng.integers(self.tracks)), options)
+
+    def _start(self, track_seed, options):
+        self.track_seed, self.actions = track_seed, []
         self.episode_return, self.on_grass, self.front, self.missed = 0.0, 0, 0, 0
-        obs, info = self.env.reset(seed=self.track_seed, options=options)
+        obs, info = self.env.reset(seed=track_seed, options=options)
         self.frames_before = self._frames()
-        return obs, info | {"track_seed": self.track_seed}
+        return obs, info | {"track_seed": track_seed}
+
+    def _resume(self, options):
+        snapshot, self.resume_from = self.resume_from, None
+        self.rng.bit_generator.state = snapshot["rng"]
+        draw, self.env.draw = self.env.draw, False
+        obs, info = self._start(snapshot["track_seed"], options)
+        for action in snapshot["actions"]:
+            self.step(action)
+        self.env.draw = draw
+        return self.unwrapped.draw() if draw else obs, info
+
+    def snapshot(self):
+        """What `resume_from` needs: the generator's state, the track, and the actions since its start."""
+        return {"rng": self.rng.bit_generator.state, "track_seed": self.track_seed, "actions": self.actions}
 
     def step(self, action):
+        self.actions.append(int(action))
         obs, reward, terminated, truncated, info = self.env.step(action)
         car = self.unwrapped.car
         self.episode_return += reward

@@ -16,12 +16,15 @@ does.
 import csv
 import functools
 import multiprocessing
+import os
 import signal
 import time
 
 import gymnasium as gym
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import car_racing_env
@@ -146,10 +149,10 @@ def make_worker_env(rank, seed, **settings):
     return car_racing_env.make_training_env(seed * 10_000 + rank, **settings)
 
 
-def make_envs(seed):
+def make_envs(seed, process):
     """NUM_ENVS training environments in two halves: while one half simulates, the model looks at the other.
 
-    Started before torch starts its threads.
+    `process` counts torchrun's processes: each has other tracks. Started before torch starts its threads.
     """
     world = car_racing_env
     settings = dict(
@@ -165,9 +168,10 @@ def make_envs(seed):
     same_step = gym.vector.AutoresetMode.SAME_STEP
     return [
         gym.vector.AsyncVectorEnv(
-            [functools.partial(make_worker_env, rank, seed, **settings) for rank in ranks], autoreset_mode=same_step
+            [functools.partial(make_worker_env, int(rank), seed, **settings) for rank in ranks],
+            autoreset_mode=same_step,
         )
-        for ranks in np.array_split(range(NUM_ENVS), 2)
+        for ranks in np.array_split(np.arange(NUM_ENVS) + process * NUM_ENVS, 2)
     ]
 
 
@@ -198,6 +202,7 @@ def collect_rollout(halves, frames, model):
     """
     rollouts, episodes = ({}, {}), []
     pending = [None, None]
+    to_float = lambda x: torch.from_numpy(x).to(model.device, torch.float32)  # noqa: E731
 
     def receive(half):
         """Finish the half's step that is under way: its results complete the decision that `act` began."""
@@ -205,10 +210,10 @@ def collect_rollout(halves, frames, model):
         frames[half], reward, terminated, truncated, infos = halves[half].step_wait()
         done = terminated | truncated
         step |= {
-            "reward": torch.from_numpy(reward).float(),
-            "terminated": torch.from_numpy(terminated).float(),
-            "done": torch.from_numpy(done).float(),
-            "final_value": torch.zeros(len(done)),
+            "reward": to_float(reward),
+            "terminated": to_float(terminated),
+            "done": to_float(done),
+            "final_value": torch.zeros(len(done), device=model.device),
         }
         for i in np.flatnonzero(done):
             keys = ("episode_return", "episode_length", "end", "track_seed")
@@ -252,9 +257,28 @@ def collect_rollout(halves, frames, model):
     return frames, {key: torch.cat([rollout[key] for rollout in rollouts], 1) for key in rollouts[0]}, episodes
 
 
-def update_policy(model, optimizer, batch, warming_up):
-    """K_EPOCHS over one batch of decisions; returns mean diagnostics. While warming up only the value learns."""
+def normalize_rewards(normalizer, reward, done, accelerator):
+    """Rewards (T, N) of this process through the `ReturnNormalizer` that all processes' environments share."""
+    union = accelerator.gather(torch.stack([reward, done]).permute(2, 0, 1)).cpu()  # (processes * N, 2, T)
+    scaled = torch.stack([normalizer(*step) for step in union.permute(2, 1, 0)])
+    return scaled.chunk(accelerator.num_processes, 1)[accelerator.process_index].to(reward.device)
+
+
+def average_gradients(parameters, accelerator):
+    """Replace each gradient by its mean over the processes, all in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def update_policy(model, optimizer, batch, warming_up, accelerator):
+    """K_EPOCHS over one batch of decisions; returns mean diagnostics. While warming up only the value learns.
+
+    With several processes MINIBATCH_SIZE is each one's share: the step is that of the union.
+    """
     check_ratio(model, batch)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals, steps = {}, 0
     for _ in range(K_EPOCHS):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
@@ -262,7 +286,7 @@ def update_policy(model, optimizer, batch, warming_up):
             features = model.features(b["frames"]) if TRAIN_LORA else b["features"]
             logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
             # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
-            advantage = b["advantage"] - b["advantage"].mean()
+            advantage = b["advantage"] - accelerator.reduce(b["advantage"].mean(), "mean")
             loss, diagnostics = ppo_loss(
                 logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP, ENTROPY_COEF, VALUE_COEF
             )
@@ -277,12 +301,14 @@ def update_policy(model, optimizer, batch, warming_up):
                 raise FloatingPointError("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)
+            if accelerator.num_processes > 1:
+                average_gradients(parameters, accelerator)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             diagnostics["kl_to_answers"] = kl_to_answers.detach()
-            totals = {key: totals.get(key, 0.0) + x.item() for key, x in diagnostics.items()}
+            totals = {key: totals.get(key, 0.0) + x for key, x in diagnostics.items()}
             steps += 1
-    return {key: x / steps for key, x in totals.items()}
+    return {key: x.item() / steps for key, x in accelerator.reduce(totals, "mean").items()}
 
 
 @torch.no_grad()
@@ -342,22 +368,38 @@ def check_constants():
         raise model_file.BadInput("GAMMA must lie between 0 and 1, GAE_LAMBDA in [0, 1] (ppo_git_with_prompt.py)")
 
 
+def load_state(path, processes):
+    """The state that the last finished update left, checked against the constants that it depends on."""
+    if not path.exists():
+        raise model_file.BadInput(f"RESUME = True, but there is no {path}: set it to False to start anew")
+    state = torch.load(path, weights_only=True)
+    saved = len(state["processes"]), sum(len(half) for half in state["processes"][0]["episodes"])
+    if saved != (processes, NUM_ENVS):
+        raise model_file.BadInput(
+            f"{path} was saved by {saved[0]} process(es) with NUM_ENVS = {saved[1]}, now {processes} with {NUM_ENVS}: "
+            "put it back, or set RESUME to False to start anew"
+        )
+    return state
+
+
+def save_state(path, state):
+    """Replace the resumable state at once, so that a kill at any moment leaves a whole one."""
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
 def main():
     check_constants()
     began, facts = time.time(), collect_captions.run_facts()
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     results = collect_captions.ROOT / RESULTS_DIR
-    state_file, state = results / "state.pt", None
-    if RESUME:
-        if not state_file.exists():
-            raise model_file.BadInput(
-                f"RESUME = True, but there is no {RESULTS_DIR}/state.pt: set it to False to start anew"
-            )
-        state = torch.load(state_file, weights_only=True)
-    first_update = state["update"] + 1 if state else 1
-    envs = make_envs(SEED + 1000 * (first_update - 1))
+    state = load_state(results / "state.pt", processes) if RESUME else None
+    envs = make_envs(SEED, process)
     writer, began_writing = None, False
     try:
         torch.set_num_threads(TORCH_THREADS)
+        accelerator = Accelerator(cpu=model_file.device().type == "cpu")
         torch.manual_seed(SEED)
         model = load_model()
         groups = [
@@ -369,26 +411,33 @@ def main():
             groups.append({"params": lora, "lr": LORA_LEARNING_RATE})
         optimizer = torch.optim.Adam(groups, eps=1e-5)
         peak_rates = [group["lr"] for group in groups]
-        normalizer = ReturnNormalizer(NUM_ENVS, GAMMA)
-        episode, env_frames, best = 0, 0, -np.inf
+        normalizer = ReturnNormalizer(processes * NUM_ENVS, GAMMA)
+        first_update, episode, env_frames, best = 1, 0, 0, -np.inf
+        if process:
+            torch.manual_seed(SEED + process)  # the same start, other actions
         if state:
             model.load_state_dict(state["model"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             normalizer.load_state_dict(state["normalizer"])
-            torch.set_rng_state(state["rng"])
-            episode, env_frames, best = state["episode"], state["env_frames"], state["best"]
-        frames_per_update = NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
-        print(
-            f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in {NUM_ENVS} environments, "
-            f"{sum(p.numel() for g in groups for p in g['params']):,} parameters train; writes {RESULTS_DIR}/"
-        )
-        resume_after = state["update"] if state else None
+            first_update, episode = state["update"] + 1, state["episode"]
+            env_frames, best = state["env_frames"], state["best"]
+            torch.set_rng_state(state["processes"][process]["rng"])
+            for half, snapshots in zip(envs, state["processes"][process]["episodes"]):
+                half.set_attr("resume_from", snapshots)
+        frames_per_update = processes * NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
         results.mkdir(parents=True, exist_ok=True)
-        began_writing = True
-        reward_log, update_log, eval_log = (
-            Log(results / f"{name}_log.csv", resume_after) for name in ("reward", "update", "eval")
-        )
-        writer = tensorboard(results / "tensorboard")
+        if accelerator.is_main_process:
+            print(
+                f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in "
+                f"{processes * NUM_ENVS} environments, {sum(p.numel() for g in groups for p in g['params']):,} parameters "
+                f"train; writes {RESULTS_DIR}/"
+            )
+            began_writing = True
+            resume_after = state["update"] if state else None
+            reward_log, update_log, eval_log = (
+                Log(results / f"{name}_log.csv", resume_after) for name in ("reward", "update", "eval")
+            )
+            writer = tensorboard(results / "tensorboard")
         driver = evaluate.Policy(model)
 
         def run_evaluation(update, name, act):
@@ -404,13 +453,16 @@ def main():
             )
             return summary["mean"] - 0.5 * summary["std"]
 
-        if not state:
+        if accelerator.is_main_process and not state:
             run_evaluation(0, "answers", evaluate.Answers(model))
             best = run_evaluation(0, "policy", driver)
             model.save_policy(results / "policy", **policy_facts())
         frames = [half.reset()[0] for half in envs]
         recent = []
-        bar = tqdm(range(first_update, TOTAL_UPDATES + 1), initial=first_update - 1, total=TOTAL_UPDATES, unit="update")
+        bar = tqdm(
+            range(first_update, TOTAL_UPDATES + 1), initial=first_update - 1, total=TOTAL_UPDATES, unit="update",
+            disable=not accelerator.is_main_process,
+        )  # fmt: skip
         for update in bar:
             started = time.time()
             decay = 1 - 0.9 * (update - 1) / TOTAL_UPDATES
@@ -420,7 +472,7 @@ def main():
             rollout_seconds = time.time() - started
             reward = rollout["reward"]
             if NORMALIZE_RETURN:
-                reward = torch.stack([normalizer(*step) for step in zip(reward, rollout["done"])])
+                reward = normalize_rewards(normalizer, reward, rollout["done"], accelerator)
             advantage, returns = compute_gae(
                 reward,
                 rollout["value"],
@@ -433,14 +485,19 @@ def main():
             keys = ["features", "answer_log_probs", "dropout", "action", "log_prob", "value"] + ["frames"] * TRAIN_LORA
             batch = {key: rollout[key].flatten(0, 1) for key in keys}
             batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
-            diagnostics = update_policy(model, optimizer, batch, warming_up=update <= WARMUP_UPDATES)
+            diagnostics = update_policy(model, optimizer, batch, update <= WARMUP_UPDATES, accelerator)
             seconds = time.time() - started
+            snapshots = [list(half.call("snapshot")) for half in envs]
+            everyone = gather_object([{"rng": torch.get_rng_state(), "episodes": snapshots}])
+            episodes = sorted(gather_object(episodes), key=lambda episode: episode[0])
+            if not accelerator.is_main_process:
+                continue
 
             for decision, info in episodes:
                 episode += 1
                 reward_log.write({
                     "episode": episode, "update": update,
-                    "env_frames": env_frames + (decision + 1) * NUM_ENVS * car_racing_env.FRAME_SKIP,
+                    "env_frames": env_frames + (decision + 1) * frames_per_update // NUM_STEPS,
                     "return": float(info["episode_return"]), "length": int(info["episode_length"]),
                     "end": info["end"], "track_seed": int(info["track_seed"]),
                 })  # fmt: skip
@@ -453,8 +510,8 @@ def main():
             row = {
                 "update": update, "env_frames": env_frames, "learning_rate": optimizer.param_groups[0]["lr"], **diagnostics,
                 "explained_variance": explained_variance(batch["value"], batch["returns"]),
-                "decisions_per_second": NUM_ENVS * NUM_STEPS / seconds, "update_share": 1 - rollout_seconds / seconds,
-                "seconds": seconds,
+                "decisions_per_second": processes * NUM_ENVS * NUM_STEPS / seconds,
+                "update_share": 1 - rollout_seconds / seconds, "seconds": seconds,
             }  # fmt: skip
             update_log.write(row)
             if writer:
@@ -469,19 +526,15 @@ def main():
                 if score > best:
                     best = score
                     model.save_policy(results / "policy", **policy_facts())
-            partial = results / "state.pt.partial"
-            torch.save(
-                {
-                    "model": model.trained_parameters(), "optimizer": optimizer.state_dict(),
-                    "normalizer": normalizer.state_dict(), "rng": torch.get_rng_state(), "update": update,
-                    "episode": episode, "env_frames": env_frames, "best": float(best),
-                },
-                partial,
-            )  # fmt: skip
-            partial.replace(state_file)
-        best_driver = evaluate.Policy(model_file.GitText2ActionWithPrompt.from_policy(results / "policy"))
-        total = evaluate.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
-        print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
+            save_state(results / "state.pt", {
+                "model": model.trained_parameters(), "optimizer": optimizer.state_dict(),
+                "normalizer": normalizer.state_dict(), "update": update, "episode": episode, "env_frames": env_frames,
+                "best": float(best), "processes": everyone,
+            })  # fmt: skip
+        if accelerator.is_main_process:
+            best_driver = evaluate.Policy(model_file.GitText2ActionWithPrompt.from_policy(results / "policy"))
+            total = evaluate.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
+            print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues")
     finally:
@@ -492,7 +545,8 @@ def main():
         if began_writing:
             draw_results.draw(results)
             collect_captions.write_run(results, globals(), began, facts)
-    print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
+    if process == 0:
+        print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,28 @@ def test_penalties_grow_over_the_first_part_of_the_lap():
     assert last[1e9] - last[0.25] == pytest.approx(share * SETTINGS["grass_penalty"])
 
 
+@pytest.mark.parametrize("decisions", [0, 1, 70])
+def test_a_snapshot_resumes_to_the_same_pixels_rewards_and_tracks(decisions):
+    actions = np.random.default_rng(0).choice(5, p=[0.05, 0.15, 0.15, 0.6, 0.05], size=400)
+    env = car_racing_env.make_training_env(3, 2, **SETTINGS)
+    obs, info = env.reset()
+    for action in actions[:decisions]:
+        obs, *_ = env.step(action)
+    other = car_racing_env.make_training_env(99, 2, **SETTINGS)
+    other.resume_from = env.snapshot()
+    resumed, resumed_info = other.reset()
+    assert np.array_equal(resumed, obs) and resumed_info["track_seed"] == info["track_seed"]
+    ended = False
+    for action in actions[decisions:]:
+        expected, got = env.step(action), other.step(action)
+        assert np.array_equal(expected[0], got[0]) and expected[1:] == got[1:]
+        ended = ended or expected[2]
+        if expected[2] or expected[3]:
+            expected, got = env.reset(), other.reset()
+            assert np.array_equal(expected[0], got[0]) and expected[1] == got[1]
+    assert ended
+
+
 def test_workers_from_spawn_draw_different_tracks_and_repeat():
     make = functools.partial(car_racing_env.make_training_env, frame_skip=2, **SETTINGS)
     seen = []

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import draw_results
 import GitText2ActionWithPrompt as model_file
@@ -124,11 +125,11 @@ def test_update_learns_the_better_action_and_warmup_only_the_value(toy_model, co
     batch = learning_batch(toy_model, frames)
     optimizer = torch.optim.Adam([p for n, p in toy_model.named_parameters() if "_head." in n], lr=1e-2)
     before = {n: p.clone() for n, p in toy_model.named_parameters()}
-    ppo.update_policy(toy_model, optimizer, batch, warming_up=True)
+    ppo.update_policy(toy_model, optimizer, batch, True, Accelerator(cpu=True))
     changed = {n for n, p in toy_model.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all(n.startswith("value_head") for n in changed)
     p_before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
-    ppo.update_policy(toy_model, optimizer, batch, warming_up=False)
+    ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
     p_after = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
     assert p_after > p_before
 
@@ -138,7 +139,7 @@ def test_not_a_number_stops_the_run(toy_model, constants):
     batch["returns"][0] = float("nan")
     optimizer = torch.optim.Adam(toy_model.value_head.parameters())
     with pytest.raises(FloatingPointError, match="LEARNING_RATE"):
-        ppo.update_policy(toy_model, optimizer, batch, warming_up=False)
+        ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""Decisions per second of the PPO rollout over the number of environments and over the model's size.
+
+Runs `collect_rollout` of ppo_git_with_prompt.py itself. Writes benchmarks/scaling.json and scaling.png.
+
+    python -m benchmarks.scaling      # 5 minutes
+"""
+
+import copy
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import GitConfig, GitForCausalLM
+
+import collect_captions
+import evaluate
+import GitText2ActionWithPrompt as model_file
+import ppo_git_with_prompt as ppo
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+NUM_ENVS = (2, 4, 8, 16, 32)
+SIZES = {"width 64": 64, "width 128": 128, "width 256": 256, "width 512": 512, "git-base, 96 px": 768}
+DECISIONS = 512  # a measurement
+OUTPUT = Path(__file__).parent
+
+
+def decisions_per_second(model, num_envs):
+    """Of `collect_rollout`, and how much of the time the model's pass takes."""
+    ppo.NUM_ENVS, ppo.NUM_STEPS = num_envs, max(8, DECISIONS // num_envs)
+    envs = ppo.make_envs(0)
+    seconds, encode = [0.0], model.encode
+
+    def timed(frames):
+        began = time.perf_counter()
+        result = encode(frames)
+        seconds[0] += time.perf_counter() - began
+        return result
+
+    try:
+        frames = [half.reset()[0] for half in envs]
+        frames, *_ = ppo.collect_rollout(envs, frames, model)  # warm up
+        model.encode = timed
+        began = time.perf_counter()
+        ppo.collect_rollout(envs, frames, model)
+        total = time.perf_counter() - began
+    finally:
+        model.encode = encode
+        for half in envs:
+            half.close()
+    return {
+        "decisions_per_second": round(num_envs * ppo.NUM_STEPS / total, 1),
+        "model_share": round(seconds[0] / total, 3),
+    }
+
+
+def sized(model, width):
+    """A GIT of another width with random weights: git-tiny's depth, or git-base's whole configuration at 96 px."""
+    config = copy.deepcopy(model.git.config)
+    if width == 768:
+        config = GitConfig(vocab_size=config.vocab_size, vision_config={"image_size": 96})
+    else:
+        for part in (config, config.vision_config):
+            part.hidden_size, part.intermediate_size = width, 4 * width
+    torch.manual_seed(0)
+    return model_file.GitText2ActionWithPrompt(
+        GitForCausalLM(config).eval().requires_grad_(False), copy.deepcopy(model.processor)
+    )
+
+
+def main():
+    torch.set_num_threads(ppo.TORCH_THREADS)
+    model = evaluate.load_answerer(evaluate.ADAPTER)
+    results = {"environments": {}, "models": {}}
+    for count in NUM_ENVS:
+        results["environments"][count] = decisions_per_second(model, count)
+        print(f"{count} environments: {results['environments'][count]}", flush=True)
+    for name, width in SIZES.items():
+        other = sized(model, width)
+        parameters = sum(p.numel() for p in other.git.parameters())
+        results["models"][name] = {"parameters": parameters, **decisions_per_second(other, 8)}
+        print(f"{name}, {parameters:,} parameters: {results['models'][name]}", flush=True)
+    evaluate.write_json(OUTPUT / "scaling.json", results | collect_captions.run_facts())
+    draw(results)
+
+
+def draw(results):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    rows = results["environments"]
+    left.plot(list(rows), [row["decisions_per_second"] for row in rows.values()], "o-")
+    left.set(xlabel="environments (git-tiny)", ylabel="decisions per second", xscale="log", ylim=(0, None))
+    left.set_xticks(list(rows), [str(count) for count in rows], minor=False)
+    left.minorticks_off()
+    rows = results["models"]
+    right.plot(
+        [row["parameters"] for row in rows.values()], [row["decisions_per_second"] for row in rows.values()], "o-"
+    )
+    right.set(xlabel="parameters of the model (8 environments)", xscale="log", yscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(OUTPUT / "scaling.png", dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""torchrun with two CPU processes: the same update as one, other tracks for each, an end with an error if one dies."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toy_ppo
+import toy_update
+
+import draw_results
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run(launcher, script, *arguments):
+    command = [*launcher, script.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def rollout(toy_model, tmp_path):
+    """64 stored decisions of a policy whose last layer is not zero, and rewards of 20 steps in 4 environments."""
+    torch.manual_seed(1)
+    frames = torch.randint(0, 256, (64, 96, 96, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        features, scores = toy_model.encode(frames)
+        dropout = toy_model.draw_dropout(64)
+        logits, value = toy_model.head(features, scores, dropout)
+    action = torch.randint(0, 5, (64,))
+    batch = {
+        "features": features, "answer_log_probs": scores, "dropout": dropout, "action": action, "value": value,
+        "log_prob": logits.log_softmax(-1).gather(1, action[:, None])[:, 0], "advantage": torch.randn(64),
+        "returns": torch.randn(64),
+    }  # fmt: skip
+    path = tmp_path / "rollout.pt"
+    torch.save({"batch": batch, "reward": torch.randn(20, 4), "done": (torch.rand(20, 4) < 0.1).float()}, path)
+    return path
+
+
+def test_two_processes_update_as_one(rollout, toy_base, tmp_path):
+    results = []
+    for launcher in ([sys.executable], TORCHRUN):
+        output = tmp_path / f"{len(results)}.pt"
+        finished = run(launcher, toy_update, toy_base, rollout, output)
+        assert finished.returncode == 0, finished.stderr
+        results.append(torch.load(output, weights_only=True))
+    one, two = results
+    for ours, theirs in zip(two["parameters"], one["parameters"]):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert any(p.abs().max() > 1e-2 for p in one["parameters"])
+    assert torch.allclose(two["reward"], one["reward"], atol=1e-6)
+    assert two["diagnostics"] == pytest.approx(one["diagnostics"], abs=1e-5)
+
+
+def test_two_processes_drive_other_tracks_and_resume(toy_base, tmp_path):
+    finished = run(TORCHRUN, toy_ppo, tmp_path, toy_base, "", "")
+    assert finished.returncode == 0, finished.stderr
+    episodes = draw_results.read_log(tmp_path / "reward_log.csv")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    tracks = [[e["track_seed"] for half in part["episodes"] for e in half] for part in state["processes"]]
+    assert len(tracks) == 2 and len({*tracks[0], *tracks[1]}) == 6
+    assert len(episodes) == len({row["track_seed"] for row in episodes}) == state["episode"]
+    assert [int(row["env_frames"]) for row in episodes] == sorted(int(row["env_frames"]) for row in episodes)
+    assert (tmp_path / "policy" / "policy.safetensors").exists()
+
+
+def test_a_killed_process_ends_the_run_with_an_error(toy_base, tmp_path):
+    """The second one kills itself in the middle of a rollout; the first, left waiting for it, does not hang."""
+    finished = run(TORCHRUN, toy_ppo, tmp_path, toy_base, "", "rollout")
+    assert finished.returncode != 0 and "Signal 9" in finished.stderr
+    assert Path(tmp_path / "update_log.csv").exists()

@@ -1,0 +1,54 @@
+"""A run killed at any moment and resumed ends in the same numbers as one that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import toy_ppo
+
+import draw_results
+
+SCRIPT = Path(toy_ppo.__file__)
+CLOCK = ("decisions_per_second", "update_share", "seconds")
+
+
+def run(folder, base, resume="", kill=""):
+    process = subprocess.Popen([sys.executable, SCRIPT, folder, base, resume, kill], start_new_session=True)
+    process.wait(timeout=120)
+    for _ in range(50):  # the workers notice within seconds
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return process.returncode
+        time.sleep(0.2)
+    raise AssertionError("orphan processes are left")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(folder, toy_base) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kill", toy_ppo.KILLS)
+def test_killed_and_resumed_equals_uninterrupted(kill, uninterrupted, toy_base, tmp_path):
+    assert run(tmp_path, toy_base, kill=kill) == -signal.SIGKILL
+    assert run(tmp_path, toy_base, resume="yes") == 0
+    assert len(draw_results.read_log(tmp_path / "reward_log.csv")) > 10
+    for name in ("reward_log.csv", "eval_log.csv", "policy/policy.safetensors", "policy/policy.json"):
+        assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in draw_results.read_log(folder / "update_log.csv")]
+        for folder in (tmp_path, uninterrupted)
+    )
+    assert ours == theirs and len(ours) == 4
+    ours, theirs = (torch.load(folder / "state.pt", weights_only=True) for folder in (tmp_path, uninterrupted))
+    assert all(torch.equal(ours["model"][name], p) for name, p in theirs["model"].items())
+    assert ours["processes"][0]["episodes"] == theirs["processes"][0]["episodes"]
+    assert torch.equal(ours["processes"][0]["rng"], theirs["processes"][0]["rng"])

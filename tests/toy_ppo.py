@@ -1,0 +1,54 @@
+"""A toy PPO run in a process of its own, for tests that kill it: `python toy_ppo.py FOLDER BASE RESUME KILL`.
+
+KILL names the point at which the process kills itself with SIGKILL, or is empty: "rollout" (between two decisions of
+update 2), "log" (update 2's row is written, its state is not) or "state" (while update 3's state is being written).
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import car_racing_env  # noqa: E402
+import ppo_git_with_prompt as ppo  # noqa: E402
+
+KILLS = ("rollout", "log", "state")
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_call(number, function):
+    """`function`, but its `number`th call kills the process instead."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return die() if len(calls) == number else function(*args, **kwargs)
+
+    return counted
+
+
+def main(folder, base, resume, kill):
+    ppo.ADAPTER, ppo.BASE_WITHOUT_ADAPTER, ppo.RESULTS_DIR, ppo.RESUME = "", base, folder, bool(resume)
+    ppo.NUM_ENVS, ppo.NUM_STEPS, ppo.TOTAL_UPDATES, ppo.WARMUP_UPDATES, ppo.EVALUATIONS = 3, 24, 4, 1, 2
+    ppo.MINIBATCH_SIZE, ppo.EVAL_TRACKS = 24, range(100_000, 100_001)
+    car_racing_env.MAX_FRAMES = 30  # episodes end at other decisions than updates do
+    ppo.evaluate.evaluate = lambda act, tracks, envs: [{"return": 0.0, "end": "time"} for _ in tracks]
+    ppo.evaluate.record_video = lambda driver, track, path: 0.0
+    model = ppo.model_file.GitText2ActionWithPrompt
+    kill = kill if os.environ.get("RANK", "1") == "1" else ""  # under torchrun only the second process dies
+    if kill == "rollout":
+        model.encode = die_at_call(2 * 24 + 20, model.encode)
+    if kill == "log":
+        write, ppo.Log.write = ppo.Log.write, lambda log, row: (write(log, row), "approx_kl" in row and row["update"] == 2 and die())  # fmt: skip
+    if kill == "state":
+        ppo.torch.save = die_at_call(3, ppo.torch.save)
+    ppo.main()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
