@@ -1,9 +1,9 @@
-"""The graphs of a PPO run, drawn from its CSV files; `ppo_git_with_prompt.py` calls this after every evaluation.
+"""The graphs of stages 2 and 3, drawn from their CSV files while they run.
 
-Reads RESULTS_DIR/reward_log.csv, update_log.csv and eval_log.csv. Writes reward_curve.png, ppo_losses.png and
-ppo_diagnostics.png beside them.
+Reads RESULTS_DIR/lora_log.csv, reward_log.csv, update_log.csv and eval_log.csv. Writes lora_loss.png, reward_curve.png,
+ppo_losses.png and ppo_diagnostics.png beside them.
 
-    python draw_results.py      # redraw, for instance while a run goes on
+    python draw_results.py      # draw them again
 """
 
 import csv
@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 
 import collect_captions
+import GitText2ActionWithPrompt as model_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -82,8 +83,51 @@ def draw_updates(results, name, columns):
     plt.close(figure)
 
 
+def draw_lora_loss(results):
+    """lora_loss.png: average and validation loss per epoch, and exact match beside the majority's share."""
+    rows = read_log(results / "lora_log.csv")
+    column = lambda name: [float(row[name]) for row in rows]  # noqa: E731
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(column("epoch"), column("average_loss"), "o-", label="average loss, training")
+    left.plot(column("epoch"), column("validation_loss"), "o-", label="validation loss")
+    left.set(xlabel="epoch", ylabel="cross-entropy per answer token (nats)", ylim=(0, None))
+    right.plot(
+        column("epoch"), column("exact_match"), "o-", color="tab:green", label="exact match of generated answers"
+    )
+    right.axhline(column("majority_share")[-1], color="grey", ls="--", label="always the commonest answer")
+    right.set(xlabel="epoch", ylabel="share of validation frames", ylim=(0, 1))
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(results / "lora_loss.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_confusion(confusion, path):
+    """Rows: what the teacher did; columns: what the model said; shares of the row, with counts."""
+    answers = list(model_file.ANSWERS)
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    figure, axis = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
+    axis.imshow(share, cmap="Greens", vmin=0, vmax=1)
+    for (i, j), n in np.ndenumerate(confusion):
+        axis.text(
+            j,
+            i,
+            f"{share[i, j]:.0%}\n{n}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if share[i, j] > 0.6 else "black",
+        )
+    axis.set_xticks(range(6), [*answers, "other"], rotation=25), axis.set_yticks(range(5), answers)
+    axis.set(xlabel="the model says", ylabel="the teacher answers")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def draw(results):
-    """All graphs of a run's folder."""
+    """The graphs of a PPO run's folder."""
     draw_reward_curve(results)
     if read_log(results / "update_log.csv"):
         draw_updates(results, "ppo_losses", ["policy_loss", "value_loss", "entropy", "kl_to_answers"])
@@ -93,4 +137,7 @@ def draw(results):
 
 
 if __name__ == "__main__":
-    draw(collect_captions.ROOT / RESULTS_DIR)
+    folder = collect_captions.ROOT / RESULTS_DIR
+    draw(folder)
+    if (folder / "lora_log.csv").exists():
+        draw_lora_loss(folder)

@@ -17,7 +17,6 @@ import shutil
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,10 +26,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import car_racing_env
 import collect_captions
+import draw_results
 import GitText2ActionWithPrompt as model_file
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 BASE_MODEL = "offline/git-tiny"  # any GIT checkpoint; for the Hub's: "microsoft/git-base"
 DATA_DIR = "CarRacing-Data"
@@ -133,7 +130,7 @@ def validate(model, data, batch_size):
     losses, first_token = [], []
     for rows in torch.arange(len(data)).split(batch_size):
         frames, truth = zip(*(data[i] for i in rows))
-        batch = collate(list(zip(frames, truth)))
+        batch = {key: x.to(model.device) for key, x in collate(list(zip(frames, truth))).items()}
         frames, truth = np.stack(frames), torch.tensor(truth)
         logits = model.git(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"]).logits
         logits = logits[:, -batch["labels"].shape[1] :]  # the text rows
@@ -144,7 +141,7 @@ def validate(model, data, batch_size):
             )
         )
         last = len(model.prompt) - 1
-        first_token.append(F.cross_entropy(logits[:, last], first_words[truth], reduction="sum").item())
+        first_token.append(F.cross_entropy(logits[:, last].cpu(), first_words[truth], reduction="sum").item())
         for said, true in zip(model.answer(frames), truth.tolist()):
             confusion[true, answers.index(said) if said in answers else 5] += 1
     counts = confusion.sum(1)
@@ -176,7 +173,7 @@ class EpochReport(TrainerCallback):
         self.began = time.time()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         self.model.eval()
         self.metrics, confusion = validate(self.model, self.data, args.per_device_eval_batch_size)
@@ -187,12 +184,15 @@ class EpochReport(TrainerCallback):
             **self.metrics,
             "seconds": time.time() - self.began,
         }
-        fresh = row["epoch"] == 1 or not self.log.exists()
-        with self.log.open("w" if fresh else "a", newline="") as file:
+        row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+        earlier = draw_results.read_log(self.log) if row["epoch"] > 1 else []
+        rows = [r for r in earlier if int(r["epoch"]) < row["epoch"]] + [row]  # a resumed run repeats an epoch
+        partial = self.log.with_name(self.log.name + ".partial")
+        with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, row)
-            if fresh:
-                writer.writeheader()
-            writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.log)
         recalls = "  ".join(
             f"{a} {confusion[i, i] / max(confusion[i].sum(), 1):.2f} of {confusion[i].sum()}"
             for i, a in enumerate(model_file.ANSWERS)
@@ -203,52 +203,20 @@ class EpochReport(TrainerCallback):
             f"{row['exact_match']:.1%} (majority {row['majority_share']:.1%}); recall {recalls}",
             flush=True,
         )
-        draw_loss(self.log, self.results / "lora_loss.png")
-        draw_confusion(confusion, self.results / "lora_confusion.png")
+        draw_results.draw_lora_loss(self.results)
+        draw_results.draw_confusion(confusion, self.results / "lora_confusion.png")
 
 
-def draw_loss(log, path):
-    """Average and validation loss per epoch, and exact match beside the majority's share, from lora_log.csv."""
-    with open(log) as file:
-        rows = list(csv.DictReader(file))
-    column = lambda name: [float(row[name]) for row in rows]  # noqa: E731
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.plot(column("epoch"), column("average_loss"), "o-", label="average loss, training")
-    left.plot(column("epoch"), column("validation_loss"), "o-", label="validation loss")
-    left.set(xlabel="epoch", ylabel="cross-entropy per answer token (nats)", ylim=(0, None))
-    right.plot(
-        column("epoch"), column("exact_match"), "o-", color="tab:green", label="exact match of generated answers"
-    )
-    right.axhline(column("majority_share")[-1], color="grey", ls="--", label="always the commonest answer")
-    right.set(xlabel="epoch", ylabel="share of validation frames", ylim=(0, 1))
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def draw_confusion(confusion, path):
-    """Rows: what the teacher did; columns: what the model said; shares of the row, with counts."""
-    answers = list(model_file.ANSWERS)
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
-    axis.imshow(share, cmap="Greens", vmin=0, vmax=1)
-    for (i, j), n in np.ndenumerate(confusion):
-        axis.text(
-            j,
-            i,
-            f"{share[i, j]:.0%}\n{n}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if share[i, j] > 0.6 else "black",
-        )
-    axis.set_xticks(range(6), [*answers, "other"], rotation=25), axis.set_yticks(range(5), answers)
-    axis.set(xlabel="the model says", ylabel="the teacher answers")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def last_complete_checkpoint(folder):
+    """The newest of the Trainer's checkpoints whose trainer_state.json parses; it is written last."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in checkpoints:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return str(checkpoint)
+        except (OSError, json.JSONDecodeError):
+            print(f"{checkpoint.name} is not complete: the one before is used")
+    raise model_file.BadInput(f"RESUME = True, but {folder} has no complete checkpoint: set it to False to start anew")
 
 
 def card(metrics, trainable, total):
@@ -300,6 +268,7 @@ def main():
         raise model_file.BadInput(
             f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"
         )
+    checkpoint = last_complete_checkpoint(root / CHECKPOINT_DIR) if RESUME else None
     git, processor = model_file.load_base(BASE_MODEL)
     base_fingerprint = model_file.fingerprint(git)
     config = LoraConfig(
@@ -328,7 +297,9 @@ def main():
             warmup_steps=WARMUP,
             logging_strategy="epoch",
             save_strategy="epoch",
-            save_total_limit=1,
+            save_total_limit=2,
+            use_cpu=model_file.device().type == "cpu",
+            bf16=model_file.device().type == "cuda",
             remove_unused_columns=False,
             dataloader_drop_last=True,
             report_to="none",
@@ -338,7 +309,9 @@ def main():
         train_dataset=train,
         callbacks=[report],
     )
-    trainer.train(resume_from_checkpoint=RESUME)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.is_world_process_zero():
+        return
     if report.metrics is None:  # resumed after the last epoch
         report.metrics, _ = validate(model.eval(), validation, BATCH_SIZE)
     output = root / OUTPUT_DIR

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_lora
 import toy_ppo
 import toy_update
 
@@ -71,3 +72,12 @@ def test_a_killed_process_ends_the_run_with_an_error(toy_base, tmp_path):
     finished = run(TORCHRUN, toy_ppo, tmp_path, toy_base, "", "rollout")
     assert finished.returncode != 0 and "Signal 9" in finished.stderr
     assert Path(tmp_path / "update_log.csv").exists()
+
+
+def test_two_processes_fine_tune(toy_base, tmp_path):
+    finished = run(TORCHRUN, toy_lora, tmp_path, toy_base, "", "")
+    assert finished.returncode == 0, finished.stderr
+    log = draw_results.read_log(tmp_path / "results" / "lora_log.csv")
+    assert [row["epoch"] for row in log] == ["1", "2", "3"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert finished.stdout.count("wrote ") == 1

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_lora
 import toy_ppo
 
 import draw_results
 
-SCRIPT = Path(toy_ppo.__file__)
 CLOCK = ("decisions_per_second", "update_share", "seconds")
 
 
-def run(folder, base, resume="", kill=""):
-    process = subprocess.Popen([sys.executable, SCRIPT, folder, base, resume, kill], start_new_session=True)
+def run(script, folder, base, resume="", kill=""):
+    command = [sys.executable, Path(script.__file__), folder, base, resume, kill]
+    process = subprocess.Popen(command, start_new_session=True)
     process.wait(timeout=120)
     for _ in range(50):  # the workers notice within seconds
         try:
@@ -32,14 +33,14 @@ def run(folder, base, resume="", kill=""):
 @pytest.fixture(scope="module")
 def uninterrupted(toy_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(folder, toy_base) == 0
+    assert run(toy_ppo, folder, toy_base) == 0
     return folder
 
 
 @pytest.mark.parametrize("kill", toy_ppo.KILLS)
 def test_killed_and_resumed_equals_uninterrupted(kill, uninterrupted, toy_base, tmp_path):
-    assert run(tmp_path, toy_base, kill=kill) == -signal.SIGKILL
-    assert run(tmp_path, toy_base, resume="yes") == 0
+    assert run(toy_ppo, tmp_path, toy_base, kill=kill) == -signal.SIGKILL
+    assert run(toy_ppo, tmp_path, toy_base, resume="yes") == 0
     assert len(draw_results.read_log(tmp_path / "reward_log.csv")) > 10
     for name in ("reward_log.csv", "eval_log.csv", "policy/policy.safetensors", "policy/policy.json"):
         assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes(), name
@@ -52,3 +53,22 @@ def test_killed_and_resumed_equals_uninterrupted(kill, uninterrupted, toy_base, 
     assert all(torch.equal(ours["model"][name], p) for name, p in theirs["model"].items())
     assert ours["processes"][0]["episodes"] == theirs["processes"][0]["episodes"]
     assert torch.equal(ours["processes"][0]["rng"], theirs["processes"][0]["rng"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_lora(toy_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted_lora")
+    assert run(toy_lora, folder, toy_base) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kill", toy_lora.KILLS)
+def test_killed_fine_tuning_ends_in_the_same_adapter(kill, uninterrupted_lora, toy_base, tmp_path):
+    assert run(toy_lora, tmp_path, toy_base, kill=kill) == -signal.SIGKILL
+    assert not (tmp_path / "adapter").exists()
+    assert run(toy_lora, tmp_path, toy_base, resume="yes") == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (uninterrupted_lora / name).read_bytes()
+    ours, theirs = (draw_results.read_log(f / "results" / "lora_log.csv") for f in (tmp_path, uninterrupted_lora))
+    assert [row["epoch"] for row in ours] == ["1", "2", "3"]
+    assert [row | {"seconds": ""} for row in ours] == [row | {"seconds": ""} for row in theirs]
