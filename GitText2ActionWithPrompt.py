@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +43,39 @@ LORA_TARGETS = (
 
 class BadInput(ValueError):
     """Something the user can mend: the message names the file or constant and the remedy. Scripts end with that line."""
+
+
+def check_constants(script, **ranges):
+    """Fail early if a script's constants are of another type or out of range, naming the constant.
+
+    `script` is its `globals()`; each range is (type, low, high) with both ends allowed, None for no bound.
+    """
+    for name, (kind, low, high) in ranges.items():
+        value = script[name]
+        number = kind is float and type(value) is int
+        if type(value) is not kind and not number:
+            wrong = f"it must be of type {kind.__name__}"
+        elif (low is not None and value < low) or (high is not None and value > high):
+            wrong = f"it must lie in [{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+        else:
+            continue
+        raise BadInput(f"{name} = {value!r} in {Path(script['__file__']).name}: {wrong}")
+
+
+def read_json(path):
+    """A json file's content; BadInput names the file if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {path} ({error}): restore it, or run the script that writes it again") from None
+
+
+def read_weights(path):
+    """A safetensors file's tensors by name; BadInput names the file if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read {path} ({error}): restore it, or run the script that writes it again") from None
 
 
 def device():
@@ -121,7 +155,11 @@ def read_task(adapter):
     path = Path(adapter) / TASK_FILE
     if not path.exists():
         raise BadInput(f"no adapter in {adapter}/: run train_git_lora_carllava_style.py first")
-    return json.loads(path.read_text())
+    task = read_json(path)
+    missing = {"base_model", "base_fingerprint", "prompt", "answers", "frame_skip"} - task.keys()
+    if missing:
+        raise BadInput(f"{path} lacks {', '.join(sorted(missing))}: rerun train_git_lora_carllava_style.py")
+    return task
 
 
 def load_base(base_model):
@@ -175,6 +213,7 @@ class GitText2ActionWithPrompt(nn.Module):
                         f"{adapter}/ was trained with {name} {task[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                         "put it back or rerun collect_captions.py and train_git_lora_carllava_style.py"
                     )
+            read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
             git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
         _fold_quick_gelu(git)
         return cls(git.eval().requires_grad_(False), processor).to(device())
@@ -185,7 +224,7 @@ class GitText2ActionWithPrompt(nn.Module):
         folder = Path(folder)
         if not (folder / "policy.json").exists():
             raise BadInput(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
-        facts = json.loads((folder / "policy.json").read_text())
+        facts = read_json(folder / "policy.json")
         model = cls.from_pretrained(facts["base_model"], ROOT / facts["adapter"] if facts["adapter"] else None)
         model.load_policy(folder)
         return model
@@ -323,17 +362,17 @@ class GitText2ActionWithPrompt(nn.Module):
     def load_policy(self, folder):
         """Load what `save_policy` wrote into this model and return its facts."""
         folder = Path(folder)
-        facts = json.loads((folder / "policy.json").read_text())
+        facts = read_json(folder / "policy.json")
         for name, ours in (
             ("prompt", PROMPT), ("answers", list(ANSWERS)), ("language_prior", LANGUAGE_PRIOR),
             ("prior_floor", PRIOR_FLOOR), ("head_size", HEAD_SIZE),
         ):  # fmt: skip
-            if facts[name] != ours:
+            if facts.get(name) != ours:
                 raise BadInput(
-                    f"{folder}/ was trained with {name} {facts[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
+                    f"{folder}/ was trained with {name} {facts.get(name)!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                     "put the constant back or rerun ppo_git_with_prompt.py"
                 )
-        weights = load_file(folder / "policy.safetensors")
+        weights = read_weights(folder / "policy.safetensors")
         if facts.get("lora_rank") and not self.has_lora:
             self.add_lora(facts["lora_rank"], facts["lora_alpha"])
         expected = self.trained_parameters()

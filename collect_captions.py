@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from gymnasium.envs.box2d import car_racing as stock
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -150,7 +149,7 @@ def load_teacher(path=None):
         raise model_file.BadInput(
             f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher"
         )
-    weights = load_file(path)
+    weights = model_file.read_weights(path)
     teacher = Teacher(weights["net.0.weight"].shape[1], weights["net.0.weight"].shape[0])
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False)
@@ -285,6 +284,13 @@ def run_facts():
 
 
 def main():
+    model_file.check_constants(
+        globals(), TRAIN_FRAMES=(int, 1, None), VALIDATION_FRAMES=(int, 1, None), FIRST_TRACK=(int, 0, 99_999),
+        FIRST_VALIDATION_TRACK=(int, 100_000, 100_099), KEEP=(float, 0.001, 1), BURST_START=(float, 0, 1),
+        BURST_LONGEST=(int, 1, None), STUCK_LIMIT=(int, 1, None), NUM_WORKERS=(int, 1, None),
+    )  # fmt: skip
+    if ANSWER_BY not in ("teacher", "policy"):
+        raise model_file.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
     began, facts = time.time(), run_facts()
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")

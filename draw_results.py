@@ -59,6 +59,10 @@ def draw_reward_curve(results):
             capsize=3,
             label="greedy on the validation tracks ± std",
         )
+    baseline = read_log(results / "sb3_eval_log.csv")
+    if baseline:
+        x, mean, std = ([float(row[key]) for row in baseline] for key in ("env_frames", "mean", "std"))
+        axis.errorbar(x, mean, std, fmt="s-", color="tab:purple", ms=4, capsize=2, label="SB3 PPO CnnPolicy, the same")
     for row in evaluations:
         if row["driver"] == "answers":
             axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")

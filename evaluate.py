@@ -95,7 +95,7 @@ def load_driver(name):
         return Answers(load_answerer(ADAPTER))
     if name == "policy":
         model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
-        check_frame_skip(POLICY, json.loads((collect_captions.ROOT / POLICY / "policy.json").read_text()))
+        check_frame_skip(POLICY, model_file.read_json(collect_captions.ROOT / POLICY / "policy.json"))
         return Policy(model)
     raise model_file.BadInput(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
 
@@ -246,6 +246,9 @@ def compose(frame, answer, action, probabilities, speed, total):
 
 
 def main():
+    model_file.check_constants(
+        globals(), FIRST_TRACK=(int, 0, None), NUM_TRACKS=(int, 1, None), NUM_ENVS=(int, 1, None), SEED=(int, 0, None)
+    )
     began = time.time()
     driver = load_driver(DRIVER)
     tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)

@@ -17,6 +17,7 @@ import csv
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 
@@ -149,13 +150,10 @@ def make_worker_env(rank, seed, **settings):
     return car_racing_env.make_training_env(seed * 10_000 + rank, **settings)
 
 
-def make_envs(seed, process):
-    """NUM_ENVS training environments in two halves: while one half simulates, the model looks at the other.
-
-    `process` counts torchrun's processes: each has other tracks. Started before torch starts its threads.
-    """
+def env_settings():
+    """The training environment's constants as arguments, so that every worker gets this process's values."""
     world = car_racing_env
-    settings = dict(
+    return dict(
         frame_skip=world.FRAME_SKIP,
         tracks=world.TRAIN_TRACKS,
         reward_clip=world.REWARD_CLIP,
@@ -165,6 +163,14 @@ def make_envs(seed, process):
         penalty_ramp=world.PENALTY_RAMP,
         lap_bonus=world.LAP_BONUS,
     )
+
+
+def make_envs(seed, process):
+    """NUM_ENVS training environments in two halves: while one half simulates, the model looks at the other.
+
+    `process` counts torchrun's processes: each has other tracks. Started before torch starts its threads.
+    """
+    settings = env_settings()
     same_step = gym.vector.AutoresetMode.SAME_STEP
     return [
         gym.vector.AsyncVectorEnv(
@@ -352,27 +358,16 @@ def tensorboard(folder):
     return SummaryWriter(folder)
 
 
-def check_constants():
-    """Fail early, naming the constant."""
-    for name in ("NUM_ENVS", "NUM_STEPS", "TOTAL_UPDATES", "K_EPOCHS", "MINIBATCH_SIZE"):
-        value = globals()[name]
-        if not isinstance(value, int) or value < 1:
-            raise model_file.BadInput(
-                f"{name} = {value!r} in ppo_git_with_prompt.py: it must be a whole number, 1 or more"
-            )
-    if NUM_ENVS < 2:
-        raise model_file.BadInput(
-            "NUM_ENVS = 1 in ppo_git_with_prompt.py: two halves take turns, so it must be 2 or more"
-        )
-    if not 0 < GAMMA < 1 or not 0 <= GAE_LAMBDA <= 1:
-        raise model_file.BadInput("GAMMA must lie between 0 and 1, GAE_LAMBDA in [0, 1] (ppo_git_with_prompt.py)")
-
-
 def load_state(path, processes):
     """The state that the last finished update left, checked against the constants that it depends on."""
     if not path.exists():
         raise model_file.BadInput(f"RESUME = True, but there is no {path}: set it to False to start anew")
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise model_file.BadInput(
+            f"cannot read {path} ({str(error).splitlines()[0]}): set RESUME to False to start anew"
+        ) from None
     saved = len(state["processes"]), sum(len(half) for half in state["processes"][0]["episodes"])
     if saved != (processes, NUM_ENVS):
         raise model_file.BadInput(
@@ -390,7 +385,15 @@ def save_state(path, state):
 
 
 def main():
-    check_constants()
+    model_file.check_constants(
+        globals(), SEED=(int, 0, None), NUM_ENVS=(int, 2, None), TORCH_THREADS=(int, 1, None), NUM_STEPS=(int, 1, None),
+        TOTAL_UPDATES=(int, 1, None), K_EPOCHS=(int, 1, None), MINIBATCH_SIZE=(int, 1, None), RESUME=(bool, None, None),
+        WARMUP_UPDATES=(int, 0, None), LEARNING_RATE=(float, 0, 1), VALUE_LEARNING_RATE=(float, 0, 1),
+        GAMMA=(float, 0, 0.9999), GAE_LAMBDA=(float, 0, 1), CLIP=(float, 0, 1), ENTROPY_COEF=(float, 0, None),
+        KL_COEF=(float, 0, None), VALUE_COEF=(float, 0, None), MAX_GRAD_NORM=(float, 0, None),
+        NORMALIZE_RETURN=(bool, None, None), TRAIN_LORA=(bool, None, None), EVALUATIONS=(int, 1, None),
+        VIDEO_EVERY=(int, 1, None),
+    )  # fmt: skip
     began, facts = time.time(), collect_captions.run_facts()
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     results = collect_captions.ROOT / RESULTS_DIR

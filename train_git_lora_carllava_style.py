@@ -75,6 +75,9 @@ class Captions(torch.utils.data.Dataset):
                 raise model_file.BadInput(
                     f"{metadata}:{number}: prompt {prompt!r} is not PROMPT: rerun collect_captions.py"
                 )
+            if not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
+                raise model_file.BadInput(f"{metadata}:{number}: {name!r} leaves the dataset's folder")
+            self.check_image(name)
             self.rows.append((name, answers.index(text)))
         if not self.rows:
             raise model_file.BadInput(f"{metadata} has no rows: rerun collect_captions.py")
@@ -84,13 +87,24 @@ class Captions(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         name, answer = self.rows[index]
+        with Image.open(self.folder / name) as image:
+            return np.asarray(image.convert("RGB")), answer
+
+    def check_image(self, name):
+        """Whether the file is whole and of the others' size, without decoding it: 0.1 ms."""
         try:
             with Image.open(self.folder / name) as image:
-                return np.asarray(image.convert("RGB")), answer
-        except (OSError, SyntaxError) as error:
+                size = image.size
+                image.verify()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise model_file.BadInput(
                 f"cannot read {self.folder / name} ({error}): rerun collect_captions.py"
             ) from None
+        self.size = getattr(self, "size", size)
+        if size != self.size:
+            raise model_file.BadInput(
+                f"{self.folder / name} is {size[0]} x {size[1]}, others {self.size[0]} x {self.size[1]}"
+            )
 
 
 class Collator:
@@ -255,6 +269,11 @@ print(processor.tokenizer.decode(words[0, prompt.shape[1] :], skip_special_token
 
 
 def main():
+    model_file.check_constants(
+        globals(), MIN_FRAMES=(int, 1, None), LORA_RANK=(int, 1, None), LORA_ALPHA=(float, 0, None),
+        LORA_DROPOUT=(float, 0, 0.99), EPOCHS=(int, 1, None), BATCH_SIZE=(int, 1, None), LEARNING_RATE=(float, 0, 1),
+        WEIGHT_DECAY=(float, 0, 1), WARMUP=(float, 0, 1), SEED=(int, 0, None), RESUME=(bool, None, None),
+    )  # fmt: skip
     began, facts = time.time(), collect_captions.run_facts()
     set_seed(SEED)
     root = collect_captions.ROOT
@@ -263,7 +282,7 @@ def main():
         raise model_file.BadInput(
             f"{DATA_DIR}/ has {len(train)} training frames, only the shipped sample: run collect_captions.py first"
         )
-    skip = json.loads((root / DATA_DIR / "run.json").read_text())["frame_skip"]
+    skip = model_file.read_json(root / DATA_DIR / "run.json")["frame_skip"]
     if skip != car_racing_env.FRAME_SKIP:
         raise model_file.BadInput(
             f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"

@@ -8,7 +8,6 @@ Writes its claims to benchmarks/results.json.
     python -m benchmarks.ppo      # 6 minutes
 """
 
-import functools
 import multiprocessing
 import tempfile
 import threading
@@ -17,9 +16,7 @@ import time
 import gymnasium as gym
 import numpy as np
 import psutil
-import torch
 
-import car_racing_env
 import ppo_git_with_prompt as ppo
 from benchmarks import compare
 
@@ -72,16 +69,11 @@ def run_ours(pipe):
 
 
 def run_peer(pipe):
-    from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.vec_env import SubprocVecEnv
 
-    world, marks = car_racing_env, []
-    settings = dict(
-        frame_skip=world.FRAME_SKIP, tracks=world.TRAIN_TRACKS, reward_clip=world.REWARD_CLIP,
-        grass_limit=world.GRASS_LIMIT, grass_penalty=world.GRASS_PENALTY, miss_penalty=world.MISS_PENALTY,
-        penalty_ramp=world.PENALTY_RAMP, lap_bonus=world.LAP_BONUS,
-    )  # fmt: skip
+    from benchmarks.sb3_baseline import make_agent
+
+    marks = []
 
     class Clock(BaseCallback):
         def _on_step(self):
@@ -90,14 +82,9 @@ def run_peer(pipe):
         def _on_rollout_start(self):
             marks.append(time.perf_counter())
 
-    envs = SubprocVecEnv([functools.partial(world.make_training_env, i, **settings) for i in range(ppo.NUM_ENVS)])
-    torch.set_num_threads(2)
-    agent = PPO(
-        "CnnPolicy", envs, n_steps=ppo.NUM_STEPS, batch_size=ppo.MINIBATCH_SIZE, n_epochs=ppo.K_EPOCHS, gamma=ppo.GAMMA,
-        device="cpu",
-    )  # fmt: skip
+    agent = make_agent(ppo.NUM_ENVS, ppo.NUM_STEPS)
     agent.learn((2 + UPDATES) * ppo.NUM_ENVS * ppo.NUM_STEPS, Clock())
-    envs.close()
+    agent.get_env().close()
     seconds = marks[1 + UPDATES] - marks[1]
     pipe.send((UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS / seconds, None))
 

@@ -30,7 +30,7 @@ OUTPUT = Path(__file__).parent
 def decisions_per_second(model, num_envs):
     """Of `collect_rollout`, and how much of the time the model's pass takes."""
     ppo.NUM_ENVS, ppo.NUM_STEPS = num_envs, max(8, DECISIONS // num_envs)
-    envs = ppo.make_envs(0)
+    envs = ppo.make_envs(0, 0)
     seconds, encode = [0.0], model.encode
 
     def timed(frames):

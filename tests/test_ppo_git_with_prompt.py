@@ -196,22 +196,3 @@ ppo.main()
     assert len(draw_results.read_log(tmp_path / "update_log.csv")) >= 2
     for name in ("state.pt", "policy/policy.safetensors", "reward_curve.png", "run.json"):
         assert (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize(
-    "name, value", [("NUM_ENVS", 0), ("K_EPOCHS", 2.5), ("GAMMA", 1.0), ("TOTAL_UPDATES", -1), ("MINIBATCH_SIZE", "64")]
-)
-def test_bad_constants_are_named(constants, name, value):
-    constants(ppo, **{name: value})
-    with pytest.raises(model_file.BadInput, match=name):
-        ppo.main()
-
-
-def test_missing_state_and_adapter_are_named(constants, tmp_path):
-    constants(ppo, RESULTS_DIR=str(tmp_path / "results"), RESUME=True)
-    with pytest.raises(model_file.BadInput, match="no .*state.pt"):
-        ppo.main()
-    constants(ppo, RESUME=False, ADAPTER=str(tmp_path / "nothing"))
-    with pytest.raises(model_file.BadInput, match="run train_git_lora_carllava_style.py first"):
-        ppo.main()
-    assert not (tmp_path / "results").exists()

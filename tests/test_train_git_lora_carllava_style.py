@@ -64,30 +64,6 @@ def test_lora_reaches_every_part(toy_model):
     assert "git.encoder.layer.0.attention.self.query" in parts
 
 
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda d: (d / "metadata.jsonl").unlink(), "run collect_captions.py first"),
-        (lambda d: (d / "metadata.jsonl").write_text(""), "has no rows"),
-        (lambda d: (d / "metadata.jsonl").write_text("{oops\n"), "metadata.jsonl:1 is no caption row"),
-        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "Fly", "prompt": "?"}\n'), "unknown answer 'Fly'"),
-        (lambda d: (d / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "Brake", "prompt": "?"}\n'), "is not PROMPT"),
-    ],
-)  # fmt: skip
-def test_bad_captions_are_named(tmp_path, spoil, message):
-    folder = write_split(tmp_path / "train", ["Brake"])
-    spoil(folder)
-    with pytest.raises(model_file.BadInput, match=message):
-        stage2.Captions(folder)
-
-
-def test_a_truncated_image_is_named(tmp_path):
-    folder = write_split(tmp_path / "train", ["Brake"])
-    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:60])
-    with pytest.raises(model_file.BadInput, match="0.png"):
-        stage2.Captions(folder)[0]
-
-
 def test_the_sample_is_refused(tmp_path, constants):
     for split in ("train", "validation"):
         write_split(tmp_path / split, ["Brake", "Accelerate"])

@@ -1,0 +1,89 @@
+"""How often the PPO policy does what the model says, per action, and a picture sheet of frames where it does not.
+
+The untrained head's action is the most probable whole answer, the generated answer is greedy word by word: "before PPO" shows
+that the two agree. Writes benchmarks/agreement.json and agreement.png.
+
+    python -m benchmarks.agreement      # 2 minutes on two CPU cores
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import collect_captions
+import evaluate
+import GitText2ActionWithPrompt as model_file
+
+POLICY = "results/published/policy"
+TRACKS = range(100_000, 100_020)
+PICTURES = 24
+OUTPUT = Path(__file__).parent
+
+
+class Watched:
+    """The policy, and for each decision: what the model says, what the untrained head would do, what is done."""
+
+    def __init__(self, model):
+        self.model, self.said, self.before, self.done, self.frames = model, [], [], [], []
+
+    @torch.no_grad()
+    def __call__(self, frames, infos):
+        features, scores = self.model.encode(frames)
+        action = self.model.head(features, scores)[0].argmax(1)
+        answers = list(model_file.ANSWERS)
+        said = [answers.index(text) if text in answers else -1 for text in self.model.answer(frames)]
+        for frame, *decision in zip(frames, said, scores.argmax(1).tolist(), action.tolist()):
+            self.said.append(decision[0]), self.before.append(decision[1]), self.done.append(decision[2])
+            if decision[0] != decision[2]:
+                self.frames.append((frame.copy(), decision[0], decision[2]))
+        return evaluate.to_simulator(action)
+
+
+def agreement(said, done):
+    """Overall and per said answer: share of decisions in which the action is the answer, and their count."""
+    said, done = np.array(said), np.array(done)
+    table = {"all": {"agreement": round(float((said == done).mean()), 4), "decisions": len(said)}}
+    for i, answer in enumerate(model_file.ANSWERS):
+        rows = said == i
+        if rows.any():
+            table[answer] = {"agreement": round(float((done[rows] == i).mean()), 4), "decisions": int(rows.sum())}
+    return table
+
+
+def sheet(frames, path, columns=6, size=192):
+    """Evenly spread differing frames with "said -> done" below each."""
+    answers = [*model_file.ANSWERS, "no answer"]
+    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(PICTURES, len(frames))).astype(int)]
+    rows = -(-len(chosen) // columns)
+    picture = Image.new("RGB", (columns * (size + 4), rows * (size + 20)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (frame, said, done) in enumerate(chosen):
+        x, y = i % columns * (size + 4), i // columns * (size + 20)
+        picture.paste(Image.fromarray(frame).resize((size, size), Image.NEAREST), (x, y))
+        draw.text((x + 2, y + size + 3), f"says {answers[said]}, does {answers[done]}", "black")
+    picture.save(path)
+
+
+def main():
+    model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
+    watched = Watched(model)
+    scores = evaluate.evaluate(watched, TRACKS, evaluate.NUM_ENVS)
+    results = {
+        "before_ppo": agreement(watched.said, watched.before),
+        "after_ppo": agreement(watched.said, watched.done),
+        "score": evaluate.summarize(scores),
+        "tracks": [TRACKS[0], TRACKS[-1]],
+        "policy": POLICY,
+    }
+    sheet(watched.frames, OUTPUT / "agreement.png")
+    evaluate.write_json(OUTPUT / "agreement.json", results | collect_captions.run_facts())
+    for name in ("before_ppo", "after_ppo"):
+        print(
+            name, "  ".join(f"{a} {row['agreement']:.1%} of {row['decisions']:,}" for a, row in results[name].items())
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The same tracks in other pictures: how far the answers and the PPO policy carry.
+
+The pictures are changed after the simulator has drawn them, so the tracks stay the plain ones. Writes benchmarks/shifts.json.
+
+    python -m benchmarks.shifts      # 12 minutes on two CPU cores
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import collect_captions
+import evaluate
+import GitText2ActionWithPrompt as model_file
+
+POLICY = "results/published/policy"
+TRACKS = range(100_100, 100_120)
+OUTPUT = Path(__file__).parent / "shifts.json"
+
+
+def recoloured(frames, rng):
+    """Grass turns from green to blue: green and blue change places, the instrument bar stays."""
+    frames = frames.copy()
+    frames[:, :84] = frames[:, :84][..., [0, 2, 1]]
+    return frames
+
+
+def noise(frames, rng):
+    """Gaussian noise of standard deviation 20 grey levels."""
+    return np.clip(frames + rng.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
+
+
+def blur(frames, rng):
+    """The mean over 3 x 3 pixels."""
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    return F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def bar(frames, rng):
+    """A dark vertical bar, 6 pixels wide, left of the car."""
+    frames = frames.copy()
+    frames[:, :84, 30:36] = 40
+    return frames
+
+
+def blob(frames, rng):
+    """A red disc of 14 pixels across in the upper right quarter."""
+    frames = frames.copy()
+    y, x = np.mgrid[:96, :96]
+    frames[:, (y - 25) ** 2 + (x - 68) ** 2 <= 49] = (200, 60, 60)
+    return frames
+
+
+def plain(frames, rng):
+    return frames
+
+
+class Shifted:
+    """A driver that sees changed pictures."""
+
+    def __init__(self, driver, shift):
+        self.driver, self.shift, self.rng = driver, shift, np.random.default_rng(0)
+
+    def __call__(self, frames, infos):
+        return self.driver(self.shift(frames, self.rng), infos)
+
+
+def main():
+    model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
+    results = {}
+    for shift in (plain, recoloured, noise, blur, bar, blob):
+        results[shift.__name__] = {
+            name: evaluate.summarize(evaluate.evaluate(Shifted(driver, shift), TRACKS, evaluate.NUM_ENVS))
+            for name, driver in (("answers", evaluate.Answers(model)), ("policy", evaluate.Policy(model)))
+        }
+        print(f"{shift.__name__}: " + ", ".join(f"{n} {s['mean']:.1f} ± {s['std']:.1f}" for n, s in results[shift.__name__].items()), flush=True)  # fmt: skip
+    facts = {"tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY} | collect_captions.run_facts()
+    evaluate.write_json(OUTPUT, {"shifts": results} | facts)
+
+
+if __name__ == "__main__":
+    main()
