@@ -136,6 +136,16 @@ def answer_ids(tokenizer):
     return ids
 
 
+def score_answers(log_probs, answers):
+    """Log-probability of each answer, renormalised over all of them: (B, answers).
+
+    `log_probs` (B, 2, vocabulary) are the words' after the prompt, and after the prompt and the shared first word;
+    `answers` are token ids as `answer_ids` returns them.
+    """
+    scores = [sum(log_probs[:, i, word] for i, word in enumerate(ids)) for ids in answers]
+    return torch.stack(scores, 1).log_softmax(-1)
+
+
 def parse_answer(text):
     """The answer that a generated text says, or None: letter case and surrounding blanks do not matter."""
     return next((answer for answer in ANSWERS if answer.casefold() == text.strip().casefold()), None)
@@ -163,17 +173,21 @@ def read_task(adapter):
 
 
 def load_base(base_model):
-    """A GIT base and its processor, from a folder relative to the repository, any folder or the Hub."""
+    """A GIT base and its processor, from a folder relative to the repository, any folder or the Hub.
+
+    Nothing of it is executed: weights from safetensors only, no code from the folder.
+    """
     local = ROOT / base_model
     source = local if local.exists() else base_model
     try:
-        git = AutoModelForCausalLM.from_pretrained(source)
-    except OSError as error:
+        git = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(
             f"BASE_MODEL {base_model!r} is no folder with a GIT model and no model of the Hub: {str(error).splitlines()[0]}"
         ) from None
     git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
-    return git, AutoProcessor.from_pretrained(source)
+    return git, processor
 
 
 class GitText2ActionWithPrompt(nn.Module):
@@ -257,17 +271,23 @@ class GitText2ActionWithPrompt(nn.Module):
                 hidden = _attend(layer, hidden, *memory[-1])
         return memory
 
-    def read(self, memory, tokens):
-        """Decoder states of a text that sees the image: `tokens` (T,) or (B, T) -> (B, T, hidden)."""
+    def read(self, memory, tokens, start=0):
+        """Decoder states (B, T, hidden) of the text `tokens` (T,) or (B, T), and the memory that a text after it sees.
+
+        `start` counts the tokens that `memory` already holds beside the image.
+        """
         git = self._backbone().git
         tokens = torch.as_tensor(tokens, device=self.device)
-        hidden = git.embeddings(tokens if tokens.ndim == 2 else tokens[None]).expand(len(memory[0][0]), -1, -1)
-        text, image = hidden.shape[1], memory[0][0].shape[2]
-        mask = torch.ones(text, image + text, dtype=torch.bool, device=self.device).tril(image)
-        for layer, (image_key, image_value) in zip(git.encoder.layer, memory):
-            key, value = _keys_and_values(layer, hidden)
-            hidden = _attend(layer, hidden, torch.cat([image_key, key], 2), torch.cat([image_value, value], 2), mask)
-        return hidden
+        hidden = git.embeddings(tokens if tokens.ndim == 2 else tokens[None], past_key_values_length=start)
+        hidden = hidden.expand(len(memory[0][0]), -1, -1)
+        text, seen = hidden.shape[1], memory[0][0].shape[2]
+        mask = torch.ones(text, seen + text, dtype=torch.bool, device=self.device).tril(seen)
+        longer = []
+        for layer, before in zip(git.encoder.layer, memory):
+            new = _keys_and_values(layer, hidden)
+            longer.append([torch.cat(pair, 2) for pair in zip(before, new)])
+            hidden = _attend(layer, hidden, *longer[-1], mask)
+        return hidden, longer
 
     def encode(self, frames):
         """One pass: `features` (B, hidden), the last prompt token's state, and `answer_log_probs` (B, 5).
@@ -283,16 +303,15 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def _read_answers(self, frames):
         with self._autocast():
-            states = self.read(self.see(frames), self.prompt + self.shared_word)
+            states, _ = self.read(self.see(frames), self.prompt + self.shared_word)
             last = len(self.prompt) - 1
             words = self._backbone().output(states[:, last:]).float().log_softmax(-1)
-        scores = torch.stack([sum(words[:, i, word] for i, word in enumerate(x)) for x in self.answers], 1)
-        return states[:, last].float(), scores.log_softmax(-1)
+        return states[:, last].float(), score_answers(words, self.answers)
 
     def features(self, frames):
         """Hidden state of the last prompt token, the one that predicts the answer's first word: (B, hidden)."""
         with self._autocast():
-            return self.read(self.see(frames), self.prompt)[:, -1].float()
+            return self.read(self.see(frames), self.prompt)[0][:, -1].float()
 
     def answer_log_probs(self, frames):
         """Log-probability of each of the five answers, normalised over them: (B, 5)."""
@@ -301,17 +320,17 @@ class GitText2ActionWithPrompt(nn.Module):
     @torch.no_grad()
     def answer(self, frames):
         """Greedily generated words, one string per frame: one of ANSWERS, or whatever else the model says."""
-        memory, tokenizer = self.see(frames), self.processor.tokenizer
-        tokens = torch.tensor(self.prompt, device=self.device).expand(len(frames), -1)
-        for _ in range(MAX_ANSWER_TOKENS):
-            word = self._backbone().output(self.read(memory, tokens)[:, -1]).argmax(-1)
-            tokens = torch.cat([tokens, word[:, None]], 1)
-            ended = (tokens[:, len(self.prompt) :] == tokenizer.sep_token_id).any(1)
-            if ended.all():
+        tokenizer, words = self.processor.tokenizer, []
+        states, memory = self.read(self.see(frames), self.prompt)
+        while True:
+            words.append(self._backbone().output(states[:, -1]).argmax(-1))
+            ended = (torch.stack(words) == tokenizer.sep_token_id).any(0)
+            if ended.all() or len(words) == MAX_ANSWER_TOKENS:
                 break
-        rows = tokens[:, len(self.prompt) :].tolist()
-        words = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in words]
+            states, memory = self.read(memory, words[-1][:, None], len(self.prompt) + len(words) - 1)
+        rows = torch.stack(words, 1).tolist()
+        rows = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         return [parse_answer(text) or text for text in texts]
 
     # the policy

@@ -4,7 +4,7 @@ Reads the adapter of stage 2 (which names its base). Writes results/: reward_log
 eval_log.csv, reward_curve.png, ppo_losses.png, ppo_diagnostics.png, videos, policy/ (the best on the validation tracks),
 state.pt (to resume), run.json and, if TensorBoard is installed, its scalars.
 
-    python ppo_git_with_prompt.py      # 23 minutes on two CPU cores
+    python ppo_git_with_prompt.py      # 19 minutes on two CPU cores
 
 What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
 epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are

@@ -12,6 +12,7 @@ import functools
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import GitConfig, GitForCausalLM
 
 import collect_captions
@@ -133,12 +134,13 @@ def main():
     processor = copy.deepcopy(model.processor)
     processor.image_processor.size = {"height": 224, "width": 224}
     ours = model_file.GitText2ActionWithPrompt(copy.deepcopy(large), processor)
-    compare_forward("policy forward, git-base size, 224 px, batch 1", large, ours, load_frames(1), 1)
+    frame = np.asarray(Image.fromarray(load_frames(1)[0]).resize((224, 224)))[None]
+    compare_forward("policy forward, git-base size, 224 px, batch 1", large, ours, frame, 1)
     small = git_of_base_size(96, git.config.vocab_size)
     at_96 = model_file.GitText2ActionWithPrompt(small, model.processor)
 
     def peer():
-        tutorial_forward(large, processor, load_frames(1), ours.prompt)
+        tutorial_forward(large, processor, frame, ours.prompt)
         return 1
 
     def ours_at_96():

@@ -191,7 +191,7 @@ def answer_logits(model, frames, tokens):
     """Logits (B * Q, T, vocabulary) of Q texts (B, Q, T) on each of B frames, the image rows computed once."""
     q = tokens.shape[1]
     memory = [(k.repeat_interleave(q, 0), v.repeat_interleave(q, 0)) for k, v in model.see(frames)]
-    return model.git.output(model.read(memory, tokens.flatten(0, 1)))
+    return model.git.output(model.read(memory, tokens.flatten(0, 1))[0])
 
 
 def main():

@@ -20,31 +20,6 @@ import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
 
 
-def random_rollout(seed, steps=40, envs=3):
-    rng = np.random.default_rng(seed)
-    terminated = (rng.random((steps, envs)) < 0.1).astype(float)
-    done = np.maximum(terminated, rng.random((steps, envs)) < 0.1)
-    return rng.normal(size=(3, steps, envs)), terminated, done.astype(float)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_gae_is_the_sum_of_its_definition(seed):
-    """Every advantage as an explicit forward sum of discounted TD errors up to the episode's end."""
-    (reward, value, next_value), terminated, done = random_rollout(seed)
-    gamma, lam = 0.97, 0.9
-    expected = np.zeros_like(reward)
-    for t, n in np.ndindex(*reward.shape):
-        weight = 1.0
-        for k in range(t, len(reward)):
-            target = reward[k, n] + gamma * (0.0 if terminated[k, n] else next_value[k, n])
-            expected[t, n] += weight * (target - value[k, n])
-            weight *= gamma * lam
-            if done[k, n]:
-                break
-    advantage, returns = ppo.compute_gae(*map(torch.tensor, (reward, value, next_value, terminated, done)), gamma, lam)
-    assert np.allclose(advantage, expected) and np.allclose(returns, expected + value)
-
-
 def test_ppo_loss_by_hand():
     rng = np.random.default_rng(0)
     logits, value, returns, advantage = rng.normal(size=(6, 5)), *rng.normal(size=(3, 6))
