@@ -6,6 +6,7 @@ GIT reads the image rows first and then the text, causally; image rows never see
 through the decoder gives keys and values that any text can attend to: `see` computes them, `read` uses them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,20 @@ LORA_TARGETS = (
 
 class BadInput(ValueError):
     """Something the user can mend: the message names the file or constant and the remedy. Scripts end with that line."""
+
+
+def run(main):
+    """Run a script; what the user can mend, a full disk included, ends it with one line instead of a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EDQUOT):
+            raise
+        raise SystemExit(
+            f"error: {error}: make room or choose another folder; what was written before is kept"
+        ) from None
 
 
 def check_constants(script, **ranges):
@@ -332,6 +347,17 @@ class GitText2ActionWithPrompt(nn.Module):
         rows = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         return [parse_answer(text) or text for text in texts]
+
+    @torch.no_grad()
+    def attention(self, frames):
+        """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
+        memory, layer = self.see(frames), self._backbone().git.encoder.layer[-1]
+        hidden, _ = self.read(memory[:-1], self.prompt)  # what enters the last layer
+        query = _heads(layer.attention.self, layer.attention.self.query(hidden[:, -1:]))
+        keys = torch.cat([memory[-1][0], _keys_and_values(layer, hidden)[0]], 2)
+        share = (query @ keys.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
+        patches = memory[-1][0].shape[2] - 1  # the first image row is the image's own [CLS]
+        return share[:, 1 : 1 + patches].unflatten(1, (round(patches**0.5), -1))
 
     # the policy
 

@@ -361,7 +361,4 @@ Made by `collect_captions.py`; its constants, versions and commit are in `run.js
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model_file.BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+    model_file.run(main)

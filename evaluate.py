@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium as gym
 import imageio
 import numpy as np
+import pygame
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -31,6 +32,8 @@ ADAPTER = "lora_git_caption_model_carllava"  # for "answers"
 POLICY = "results/policy"  # for "policy"
 RESULTS_DIR = "results"
 VIDEO = True  # also film the first track
+WATCH = False  # also show the first track live in a window, with the answer below it
+HEAT_MAP = False  # in film and window: redden what the prompt's last token attends to
 SEED = 0  # of the random driver
 
 DRIVERS = ("random", "teacher", "answers", "policy")
@@ -189,37 +192,71 @@ def write_json(path, facts):
 
 
 @torch.no_grad()
-def record_video(driver, track_seed, path):
-    """Film a driver on one track: the frame large; below it prompt, answer, action, probabilities, speed and return.
+def drive(driver, track_seed):
+    """Drive one track; yields for each decision a picture, uint8 (560, 600, 3), and the return after it.
 
-    Returns the episode's return. Drivers without a model get the frame, the action and the numbers.
+    The frame large; below it prompt, answer, action, probabilities, speed and return. Drivers without a model get the
+    frame, the action and the numbers.
     """
     env = make_eval_env(car_racing_env.FRAME_SKIP, render_mode="rgb_array")
     obs, info = env.reset(seed=track_seed)
     model = getattr(driver, "model", None)
     names = {action: answer for answer, action in model_file.ANSWERS.items()}
     total, end = 0.0, ""
+    while not end:
+        action = int(driver(obs[None], {"state": info["state"][None]})[0])
+        words, probabilities, frame = None, None, env.render()
+        if model:
+            words = model.answer(obs[None])[0]
+            if isinstance(driver, Answers):
+                probabilities = model.answer_log_probs(obs[None])[0].exp().tolist()
+            else:
+                probabilities = model(obs[None])[0][0].softmax(-1).tolist()
+            if HEAT_MAP:
+                frame = redden(frame, model.attention(obs[None])[0].cpu().numpy())
+        speed = env.unwrapped.car.hull.linearVelocity.length
+        picture = compose(frame, words, names[action], probabilities, speed, total)
+        obs, reward, terminated, truncated, info = env.step(action)
+        total += reward
+        end = car_racing_env.episode_end(terminated, truncated, info)
+        yield picture, total
+
+
+def record_video(driver, track_seed, path):
+    """Film a driver on one track to an mp4 at the simulator's speed; returns the episode's return."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     fps = car_racing_env.stock.FPS / car_racing_env.FRAME_SKIP
     with imageio.get_writer(partial, fps=fps, codec="libx264", quality=6, macro_block_size=None) as video:
-        while not end:
-            action = int(driver(obs[None], {"state": info["state"][None]})[0])
-            words, probabilities = None, None
-            if model:
-                words = model.answer(obs[None])[0]
-                if isinstance(driver, Answers):
-                    probabilities = model.answer_log_probs(obs[None])[0].exp().tolist()
-                else:
-                    probabilities = model(obs[None])[0][0].softmax(-1).tolist()
-            speed = env.unwrapped.car.hull.linearVelocity.length
-            video.append_data(compose(env.render(), words, names[action], probabilities, speed, total))
-            obs, reward, terminated, truncated, info = env.step(action)
-            total += reward
-            end = car_racing_env.episode_end(terminated, truncated, info)
+        for picture, total in drive(driver, track_seed):  # noqa: B007
+            video.append_data(picture)
     partial.replace(path)
     return total
+
+
+def watch(driver, track_seed):
+    """Show a driver on one track in a window, at the simulator's speed if the model is fast enough; closing it stops."""
+    pygame.display.init()
+    window = pygame.display.set_mode((600, 560))
+    pygame.display.set_caption(f"track {track_seed}")
+    clock = pygame.time.Clock()
+    try:
+        for picture, _ in drive(driver, track_seed):
+            if any(event.type == pygame.QUIT for event in pygame.event.get()):
+                break
+            pygame.surfarray.blit_array(window, picture.swapaxes(0, 1))
+            pygame.display.flip()
+            clock.tick(car_racing_env.stock.FPS / car_racing_env.FRAME_SKIP)
+    finally:
+        pygame.display.quit()
+
+
+def redden(frame, attention):
+    """A frame uint8 (H, W, 3) with an attention map (n, n) laid over it: the strongest patch is half red."""
+    heat = Image.fromarray(attention / attention.max()).resize(frame.shape[1::-1], Image.BILINEAR)
+    heat = 0.5 * np.asarray(heat)[..., None]
+    return (frame * (1 - heat) + heat * np.array([255, 40, 40])).astype(np.uint8)
 
 
 def compose(frame, answer, action, probabilities, speed, total):
@@ -278,10 +315,9 @@ def main():
         video = path.with_name(f"video_{DRIVER}.mp4")
         record_video(driver, tracks[0], video)
         print(f"wrote {RESULTS_DIR}/{video.name}")
+    if WATCH:
+        watch(driver, tracks[0])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model_file.BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+    model_file.run(main)

@@ -304,7 +304,7 @@ def update_policy(model, optimizer, batch, warming_up, accelerator):
                 else loss + KL_COEF * kl_to_answers
             )
             if not torch.isfinite(loss):
-                raise FloatingPointError("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+                raise model_file.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
             optimizer.zero_grad()
             loss.backward()
             if accelerator.num_processes > 1:
@@ -358,6 +358,17 @@ def tensorboard(folder):
     return SummaryWriter(folder)
 
 
+def close_envs(envs):
+    """End the simulators' processes, also if one of them is dead already."""
+    for half in envs:
+        try:
+            half.close(terminate=True)
+        except (EOFError, ConnectionError):
+            for worker in half.processes:
+                worker.kill()
+            half.closed = True
+
+
 def load_state(path, processes):
     """The state that the last finished update left, checked against the constants that it depends on."""
     if not path.exists():
@@ -380,8 +391,11 @@ def load_state(path, processes):
 def save_state(path, state):
     """Replace the resumable state at once, so that a kill at any moment leaves a whole one."""
     partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    try:
+        torch.save(state, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main():
@@ -540,9 +554,13 @@ def main():
             print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues")
+    except (EOFError, ConnectionError):
+        raise model_file.BadInput(
+            "a simulator's process ended (killed, or out of memory?): RESUME = True continues after the last update; "
+            "lower NUM_ENVS in ppo_git_with_prompt.py if it happens again"
+        ) from None
     finally:
-        for half in envs:
-            half.close()
+        close_envs(envs)
         if writer:
             writer.close()
         if began_writing:
@@ -553,7 +571,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model_file.BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+    model_file.run(main)

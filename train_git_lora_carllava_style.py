@@ -359,7 +359,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model_file.BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+    model_file.run(main)

@@ -60,6 +60,16 @@ def test_one_pass_equals_hugging_face(toy_model, hugging_face, frames):
     )
 
 
+@torch.no_grad()
+def test_attention_equals_hugging_face(toy_model, hugging_face, frames):
+    pixels = model_file.preprocess(frames, toy_model.processor.image_processor)
+    prompt = torch.tensor(toy_model.prompt).expand(3, -1)
+    theirs = hugging_face(input_ids=prompt, pixel_values=pixels, output_attentions=True).attentions[-1]
+    n = toy_model.git.config.vision_config.image_size // toy_model.git.config.vision_config.patch_size
+    expected = theirs.mean(1)[:, -1, 1 : 1 + n * n].reshape(3, n, n)
+    assert torch.allclose(toy_model.attention(frames), expected, atol=1e-6)
+
+
 def test_answer_equals_generate(toy_model, hugging_face, frames):
     tokenizer = toy_model.processor.tokenizer
     pixels = model_file.preprocess(frames, toy_model.processor.image_processor)

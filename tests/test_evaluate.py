@@ -67,3 +67,31 @@ def test_the_panel_shows_what_it_is_told():
     )
     assert blank.shape == full.shape == (560, 600, 3)
     assert not blank[:400].any() and (blank[400:] != full[400:]).any()
+
+
+def test_the_film_can_show_what_the_prompt_attends_to(toy_model, constants):
+    constants(car_racing_env, MAX_FRAMES=6)
+    plain, red = [], []
+    for heat_map, pictures in ((False, plain), (True, red)):
+        constants(evaluate, HEAT_MAP=heat_map)
+        pictures += [picture for picture, _ in evaluate.drive(evaluate.Policy(toy_model), 100_000)]
+    assert len(plain) == len(red) == 3
+    for before, after in zip(plain, red):
+        assert np.array_equal(before[400:], after[400:])  # the panel stays
+        redder = after[:400].astype(int) - before[:400]
+        assert redder[..., 0].mean() > 1 > redder[..., 2].mean()
+
+
+def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    constants(car_racing_env, MAX_FRAMES=6)
+    shown = []
+    flip = evaluate.pygame.display.flip
+    window = evaluate.pygame.display.get_surface
+    monkeypatch.setattr(
+        evaluate.pygame.display, "flip", lambda: (shown.append(evaluate.pygame.surfarray.array3d(window())), flip())
+    )
+    evaluate.watch(evaluate.Policy(toy_model), 100_000)
+    expected = [picture for picture, _ in evaluate.drive(evaluate.Policy(toy_model), 100_000)]
+    assert len(shown) == 3
+    assert all(np.array_equal(a.swapaxes(0, 1), b) for a, b in zip(shown, expected))

@@ -113,7 +113,7 @@ def test_not_a_number_stops_the_run(toy_model, constants):
     batch = learning_batch(toy_model, torch.randint(0, 256, (5, 96, 96, 3), dtype=torch.uint8))
     batch["returns"][0] = float("nan")
     optimizer = torch.optim.Adam(toy_model.value_head.parameters())
-    with pytest.raises(FloatingPointError, match="LEARNING_RATE"):
+    with pytest.raises(model_file.BadInput, match="LEARNING_RATE"):
         ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
 
 

@@ -19,8 +19,9 @@ CLOCK = ("decisions_per_second", "update_share", "seconds")
 
 def run(script, folder, base, resume="", kill=""):
     command = [sys.executable, Path(script.__file__), folder, base, resume, kill]
-    process = subprocess.Popen(command, start_new_session=True)
-    process.wait(timeout=120)
+    with (Path(folder) / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, start_new_session=True, stderr=stderr)
+        process.wait(timeout=120)
     for _ in range(50):  # the workers notice within seconds
         try:
             os.killpg(process.pid, 0)
@@ -37,9 +38,16 @@ def uninterrupted(toy_base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kill", toy_ppo.KILLS)
+@pytest.mark.parametrize("kill", [*toy_ppo.KILLS, *toy_ppo.FAILURES])
 def test_killed_and_resumed_equals_uninterrupted(kill, uninterrupted, toy_base, tmp_path):
-    assert run(toy_ppo, tmp_path, toy_base, kill=kill) == -signal.SIGKILL
+    code = run(toy_ppo, tmp_path, toy_base, kill=kill)
+    if kill in toy_ppo.FAILURES:
+        *_, last = (tmp_path / "stderr").read_text().splitlines()
+        assert code == 1 and last.startswith("error: ") and toy_ppo.FAILURES[kill] in last
+        assert "Traceback" not in (tmp_path / "stderr").read_text()
+        assert not list(tmp_path.glob("*.partial"))
+    else:
+        assert code == -signal.SIGKILL
     assert run(toy_ppo, tmp_path, toy_base, resume="yes") == 0
     assert len(draw_results.read_log(tmp_path / "reward_log.csv")) > 10
     for name in ("reward_log.csv", "eval_log.csv", "policy/policy.safetensors", "policy/policy.json"):

@@ -1,9 +1,11 @@
 """A toy PPO run in a process of its own, for tests that kill it: `python toy_ppo.py FOLDER BASE RESUME KILL`.
 
 KILL names the point at which the process kills itself with SIGKILL, or is empty: "rollout" (between two decisions of
-update 2), "log" (update 2's row is written, its state is not) or "state" (while update 3's state is being written).
+update 2), "log" (update 2's row is written, its state is not) or "state" (while update 3's state is being written). Or what
+goes wrong in update 3: "worker" (a simulator is killed), "disk" (it is full when the state is written), "nan" (the loss is).
 """
 
+import errno
 import os
 import signal
 import sys
@@ -15,19 +17,20 @@ import car_racing_env  # noqa: E402
 import ppo_git_with_prompt as ppo  # noqa: E402
 
 KILLS = ("rollout", "log", "state")
+FAILURES = {"worker": "a simulator's process ended", "disk": "No space left on device", "nan": "loss is not finite"}
 
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at_call(number, function):
-    """`function`, but its `number`th call kills the process instead."""
+def die_at_call(number, function, instead=die):
+    """`function`, but its `number`th call kills the process, or does something else, instead."""
     calls = []
 
     def counted(*args, **kwargs):
         calls.append(1)
-        return die() if len(calls) == number else function(*args, **kwargs)
+        return (instead if len(calls) == number else function)(*args, **kwargs)
 
     return counted
 
@@ -47,7 +50,24 @@ def main(folder, base, resume, kill):
         write, ppo.Log.write = ppo.Log.write, lambda log, row: (write(log, row), "approx_kl" in row and row["update"] == 2 and die())  # fmt: skip
     if kill == "state":
         ppo.torch.save = die_at_call(3, ppo.torch.save)
-    ppo.main()
+    if kill == "worker":
+
+        def kill_a_worker(envs, frames, model):
+            os.kill(envs[1].processes[0].pid, signal.SIGKILL)
+            return collect(envs, frames, model)
+
+        collect, ppo.collect_rollout = ppo.collect_rollout, die_at_call(3, ppo.collect_rollout, kill_a_worker)
+    if kill == "disk":
+
+        def disk_is_full(state, path):
+            path.write_bytes(b"half a st")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        ppo.torch.save = die_at_call(3, ppo.torch.save, disk_is_full)
+    if kill == "nan":
+        gae = ppo.compute_gae
+        ppo.compute_gae = die_at_call(3, gae, lambda *args: [x * float("nan") for x in gae(*args)])
+    ppo.model_file.run(ppo.main)
 
 
 if __name__ == "__main__":
