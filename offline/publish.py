@@ -21,6 +21,33 @@ FILES = (
 ).split()
 GIF_FROM, GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 60, 60, 4, 360  # first video frame, pictures, stride, pixels
 
+PLAIN = """import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+base = AutoModelForCausalLM.from_pretrained("offline/git-tiny")
+git = PeftModel.from_pretrained(base, "lora_git_caption_model_carllava").merge_and_unload().eval()
+processor = AutoProcessor.from_pretrained("lora_git_caption_model_carllava")
+weights = load_file("results/published/policy/policy.safetensors")
+layer = lambda name, x: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+words = processor.tokenizer.convert_tokens_to_ids(["coast", "accelerate", "left", "right", "brake", "turn"])
+question = "What should the vehicle do in this scenario?"
+tokens = processor.tokenizer(question, return_tensors="pt").input_ids[:, :-1]
+tokens = torch.cat([tokens, torch.tensor([words[5:]])], 1)  # the question and "turn"
+pixels = processor(images=frame, return_tensors="pt").pixel_values  # frame: PIL image or uint8 (96, 96, 3)
+with torch.no_grad():
+    output = git(input_ids=tokens, pixel_values=pixels, output_hidden_states=True)
+first, second = output.logits[0, -2:].log_softmax(-1)  # the words after the question, and after "turn"
+coast, accelerate, left, right, brake, turn = words
+scores = [first[coast], first[accelerate], first[turn] + second[left], first[turn] + second[right], first[brake]]
+p = torch.stack(scores).softmax(0)  # of the answers Coast, Accelerate, Turn left, Turn right, Brake
+features = output.hidden_states[-1][0, -2]  # of the question's last token
+correction = layer("policy_head.2", torch.tanh(layer("policy_head.0", features)))
+action_logits = torch.log(0.98 * p + 0.02 / 5) + correction
+"""
+
 
 def card(run):
     """The policy's card: what made it and where its scores are."""
@@ -32,12 +59,19 @@ Policy and value head on the last prompt token's hidden state, safetensors; `pol
 {run["machine"]}, commit {run["git_commit"].rstrip("+")}; the checkpoint is the best of the run on validation tracks 100,000-100,019 by mean - 0.5 std
 ([eval_log.csv](../eval_log.csv)). All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation), [held_out/](../held_out).
 
+With this project:
+
 ```python
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 
 model = GitText2ActionWithPrompt.from_policy("results/published/policy")
 action_logits, value = model(frames)  # uint8 (B, 96, 96, 3) -> (B, 5), (B,)
 ```
+
+Without it, from the folder that holds base, adapter and policy:
+
+```python
+{PLAIN}```
 """
 
 

@@ -1,5 +1,10 @@
 """The weights that ship, each against a golden output."""
 
+import json
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +23,10 @@ GOLDEN_SCENE = {
 GOLDEN_ANSWERS = ["Accelerate"] * 7 + ["Turn left"]
 GOLDEN_PROBABILITIES = [0.0, 0.9998, 0.0001, 0.0, 0.0]  # of the fourth frame
 
+GOLDEN_POLICY_RETURN = 127.06  # of the first 100 decisions on validation track 100,000
+
 ADAPTER = collect_captions.ROOT / "lora_git_caption_model_carllava"
+POLICY = collect_captions.ROOT / "results" / "published" / "policy"
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +66,39 @@ def test_adapter_answers(stretch):
     model = evaluate.load_answerer(str(ADAPTER))
     assert model.answer(stretch[0]) == GOLDEN_ANSWERS
     assert model.answer_log_probs(stretch[0])[3].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)
+
+
+def test_policy_drives():
+    """A tile pays 3.6: another machine's rounding may cost a tile, a worse policy costs more."""
+    driver = evaluate.Policy(model_file.GitText2ActionWithPrompt.from_policy(POLICY))
+    env = car_racing_env.make_env(2)
+    obs, _ = env.reset(seed=100_000)
+    total = 0.0
+    for _ in range(100):
+        obs, reward, *_ = env.step(driver(obs[None], {})[0])
+        total += reward
+    assert total == pytest.approx(GOLDEN_POLICY_RETURN, abs=4)
+
+
+def test_the_cards_load_what_they_describe_without_this_project(stretch, tmp_path):
+    """The cards' own lines, run where only base, adapter and policy are."""
+    for name in ("offline/git-tiny", ADAPTER.name, "results/published/policy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(collect_captions.ROOT / name)
+    np.save(tmp_path / "frame.npy", stretch[0][-1])
+    start = "import numpy as np\nframe = np.load('frame.npy')\n"
+    end = "print(action_logits.tolist(), sum('GitText2' in name for name in __import__('sys').modules))\n"
+    adapter_code = re.findall(r"```python\n(.*?)```", (ADAPTER / "README.md").read_text(), re.S)[0]
+    policy_code = re.findall(r"```python\n(.*?)```", (POLICY / "README.md").read_text(), re.S)[1]
+    said, logits = (
+        subprocess.run(
+            [sys.executable, "-c", start + code], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+        for code in (adapter_code, policy_code + end)
+    )
+    model = model_file.GitText2ActionWithPrompt.from_policy(POLICY)
+    assert model_file.parse_answer(said) == model.answer(stretch[0][-1:])[0]
+    logits, project_modules = logits.rsplit(maxsplit=1)
+    with torch.no_grad():
+        expected = model(stretch[0][-1:])[0][0].tolist()
+    assert json.loads(logits) == pytest.approx(expected, abs=1e-4) and project_modules == "0"
