@@ -82,10 +82,10 @@ def compare_answer(name, git, model, frames):
     compare.alternate(name, "frame", functools.partial(do, peer), lambda: do(lambda: model.answer(frames)))
 
 
-def git_of_base_size(image_size, vocab_size):
-    """git-base's configuration with random weights; only the vocabulary is the tiny one's."""
+def git_of_base_size(image_size):
+    """git-base's configuration, its 30,522 words included, with random weights."""
     torch.manual_seed(0)
-    return GitForCausalLM(GitConfig(vocab_size=vocab_size, vision_config={"image_size": image_size})).eval()
+    return GitForCausalLM(GitConfig(vision_config={"image_size": image_size})).eval()
 
 
 def compare_lora_epoch(model):
@@ -130,27 +130,30 @@ def main():
         compare_answer(f"answer, git-tiny, batch {batch}, vs generate", git, model, frames)
     compare_lora_epoch(model)
 
-    large = git_of_base_size(224, git.config.vocab_size)
     processor = copy.deepcopy(model.processor)
     processor.image_processor.size = {"height": 224, "width": 224}
-    ours = model_file.GitText2ActionWithPrompt(copy.deepcopy(large), processor)
-    frame = np.asarray(Image.fromarray(load_frames(1)[0]).resize((224, 224)))[None]
-    compare_forward("policy forward, git-base size, 224 px, batch 1", large, ours, frame, 1)
-    small = git_of_base_size(96, git.config.vocab_size)
-    at_96 = model_file.GitText2ActionWithPrompt(small, model.processor)
+    large = git_of_base_size(224)
+    at_224, at_96 = (
+        model_file.GitText2ActionWithPrompt(copy.deepcopy(git), p)
+        for git, p in ((large, processor), (git_of_base_size(96), model.processor))
+    )
+    for ours in (at_224, at_96):
+        model_file.fold_quick_gelu(ours.git)
+    frames = load_frames(8)
+    resized = np.stack([np.asarray(Image.fromarray(frame).resize((224, 224))) for frame in frames])
+    compare_forward("policy forward, git-base size, 224 px, batch 1", large, at_224, resized[:1], 1)
+    for batch in BATCHES:
 
-    def peer():
-        tutorial_forward(large, processor, frame, ours.prompt)
-        return 1
+        def peer(frames=resized[:batch]):
+            tutorial_forward(large, processor, frames, model.prompt)
+            return len(frames)
 
-    def ours_at_96():
-        at_96(load_frames(1))
-        return 1
+        def ours(frames=frames[:batch]):
+            at_96(frames)
+            return len(frames)
 
-    compare.alternate(
-        "policy forward, git-base size, batch 1: ours at 96 px vs the tutorial at 224 px", "frame", peer, ours_at_96,
-        note="another input, so not the same output",
-    )  # fmt: skip
+        name = f"policy forward, git-base size, batch {batch}: ours at 96 px vs the tutorial at 224 px"
+        compare.alternate(name, "frame", peer, ours, note="another input, so not the same output")
 
 
 if __name__ == "__main__":
