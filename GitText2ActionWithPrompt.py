@@ -175,6 +175,11 @@ def fingerprint(git):
     return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:16]
 
 
+def file_hash(path):
+    """A short hash of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def read_task(adapter):
     """The `task.json` of an adapter folder: base model, its fingerprint, prompt, answers, frame skip."""
     path = Path(adapter) / TASK_FILE
@@ -254,7 +259,16 @@ class GitText2ActionWithPrompt(nn.Module):
         if not (folder / "policy.json").exists():
             raise BadInput(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
         facts = read_json(folder / "policy.json")
-        model = cls.from_pretrained(facts["base_model"], ROOT / facts["adapter"] if facts["adapter"] else None)
+        missing = {"base_model", "adapter", "adapter_hash", "frame_skip"} - facts.keys()
+        if missing:
+            raise BadInput(f"{folder}/policy.json lacks {', '.join(sorted(missing))}: rerun ppo_git_with_prompt.py")
+        adapter = ROOT / facts["adapter"] if facts["adapter"] else None
+        model = cls.from_pretrained(facts["base_model"], adapter)
+        if adapter and facts["adapter_hash"] != file_hash(adapter / "adapter_model.safetensors"):
+            raise BadInput(
+                f"{folder}/ was trained on another adapter than the one now in {facts['adapter']}/: restore that, or rerun "
+                "ppo_git_with_prompt.py"
+            )
         model.load_policy(folder)
         return model
 

@@ -254,15 +254,18 @@ def contact_sheet(rows, folder, path, columns=8):
 
 
 def write_run(folder, script, began, facts):
-    """Write `run.json`: the script's constants, `facts` (`run_facts()` at the start) and the wall time since `began`."""
+    """Write `run.json`: the constants of the script, the model and the world, `facts` (`run_facts()` at the start) and the wall time since `began`."""
     folder = Path(folder)
+    constants = lambda module: {  # noqa: E731
+        name: str(value) if isinstance(value, range) else value
+        for name, value in module.items()
+        if name.isupper() and isinstance(value, (int, float, str, list, tuple, range, dict))
+    }
     run = {
         "script": Path(script["__file__"]).name,
-        "constants": {
-            name: str(value) if isinstance(value, range) else value
-            for name, value in script.items()
-            if name.isupper() and isinstance(value, (int, float, str, list, tuple, range))
-        },
+        "constants": constants(script),
+        "GitText2ActionWithPrompt.py": constants(vars(model_file)),
+        "car_racing_env.py": constants(vars(car_racing_env)),
         "frame_skip": car_racing_env.FRAME_SKIP,
         **facts,
         "seconds": round(time.time() - began, 1),

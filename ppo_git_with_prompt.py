@@ -194,9 +194,12 @@ def load_model():
 
 def policy_facts():
     """What a saved policy must remember to be loaded again."""
-    base = model_file.read_task(collect_captions.ROOT / ADAPTER)["base_model"] if ADAPTER else BASE_WITHOUT_ADAPTER
+    adapter = collect_captions.ROOT / ADAPTER
+    base = model_file.read_task(adapter)["base_model"] if ADAPTER else BASE_WITHOUT_ADAPTER
+    adapter_hash = model_file.file_hash(adapter / "adapter_model.safetensors") if ADAPTER else ""
     lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA} if TRAIN_LORA else {}
-    return {"base_model": base, "adapter": ADAPTER, "frame_skip": car_racing_env.FRAME_SKIP} | lora
+    facts = {"base_model": base, "adapter": ADAPTER, "adapter_hash": adapter_hash}
+    return facts | {"frame_skip": car_racing_env.FRAME_SKIP} | lora
 
 
 @torch.no_grad()

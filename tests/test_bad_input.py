@@ -121,6 +121,8 @@ CASES = [
     (evaluate, {}, remove("results/policy"), "no policy in .*run ppo_git_with_prompt.py first"),
     (evaluate, {}, edit_json("results/policy/policy.json", frame_skip=4), "FRAME_SKIP = 4"),
     (evaluate, {}, edit_json("results/policy/policy.json", head_size=None), "head_size None"),
+    (evaluate, {}, edit_json("results/policy/policy.json", base_model=None), "policy.json lacks base_model"),
+    (evaluate, {}, edit_json("results/policy/policy.json", adapter_hash="0"), "was trained on another adapter"),
     (evaluate, {}, edit_weights, "does not fit this model: policy_head.0.weight"),
     (evaluate, {}, cut("results/policy/policy.safetensors", 100), "cannot read .*policy.safetensors"),
     (frames(2, 96, 96, 3, dtype=torch.float32), {}, nothing, "frames must be uint8"),
