@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -53,7 +53,7 @@ def run(main):
     except BadInput as error:
         raise SystemExit(f"error: {error}") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG):
             raise
         raise SystemExit(
             f"error: {error}: make room or choose another folder; what was written before is kept"
@@ -167,12 +167,23 @@ def parse_answer(text):
 
 
 def fingerprint(git):
-    """A short hash of a base model's weights, stored with an adapter so that it is not put on another base."""
+    """A short hash of a base model's word and patch embeddings, stored with an adapter so that it is not put on another base."""
     weights = (
         git.git.embeddings.word_embeddings.weight,
         git.git.image_encoder.vision_model.embeddings.patch_embedding.weight,
     )
     return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:16]
+
+
+def write_file(path, content):
+    """Write bytes so that the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def file_hash(path):
@@ -274,7 +285,8 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def add_lora(self, rank, alpha):
         """Add a fresh, trainable LoRA to the (merged) backbone; `with model.git.disable_adapter()` is the answerer."""
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS)
+        targets = LORA_TARGETS.replace("|output)", ")")  # the features do not pass the word layer
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
 
     @property
@@ -286,7 +298,7 @@ class GitText2ActionWithPrompt(nn.Module):
     def see(self, frames):
         """What each decoder layer makes of the image: a list of (key, value), each (B, heads, image rows, head size)."""
         git = self._backbone().git
-        frames = torch.as_tensor(frames).to(self.device, non_blocking=True)
+        frames = torch.as_tensor(frames).to(self.device)
         pixels = preprocess(frames, self.processor.image_processor)
         vision = git.image_encoder.vision_model
         hidden = vision.pre_layrnorm(vision.embeddings(pixels))
@@ -333,9 +345,10 @@ class GitText2ActionWithPrompt(nn.Module):
     def _read_answers(self, frames):
         with self._autocast():
             states, _ = self.read(self.see(frames), self.prompt + self.shared_word)
-            last = len(self.prompt) - 1
-            words = self._backbone().output(states[:, last:]).float().log_softmax(-1)
-        return states[:, last].float(), score_answers(words, self.answers)
+        last = len(self.prompt) - 1
+        states = states.float()
+        words = self._backbone().output(states[:, last:]).log_softmax(-1)
+        return states[:, last], score_answers(words, self.answers)
 
     def features(self, frames):
         """Hidden state of the last prompt token, the one that predicts the answer's first word: (B, hidden)."""
@@ -349,14 +362,22 @@ class GitText2ActionWithPrompt(nn.Module):
     @torch.no_grad()
     def answer(self, frames):
         """Greedily generated words, one string per frame: one of ANSWERS, or whatever else the model says."""
+        if self.has_lora:  # the fine-tuned model underneath speaks
+            with self.git.disable_adapter():
+                return self._say(frames)
+        return self._say(frames)
+
+    def _say(self, frames):
         tokenizer, words = self.processor.tokenizer, []
-        states, memory = self.read(self.see(frames), self.prompt)
+        with self._autocast():
+            states, memory = self.read(self.see(frames), self.prompt)
         while True:
-            words.append(self._backbone().output(states[:, -1]).argmax(-1))
+            words.append(self._backbone().output(states[:, -1].float()).argmax(-1))
             ended = (torch.stack(words) == tokenizer.sep_token_id).any(0)
             if ended.all() or len(words) == MAX_ANSWER_TOKENS:
                 break
-            states, memory = self.read(memory, words[-1][:, None], len(self.prompt) + len(words) - 1)
+            with self._autocast():
+                states, memory = self.read(memory, words[-1][:, None], len(self.prompt) + len(words) - 1)
         rows = torch.stack(words, 1).tolist()
         rows = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -410,13 +431,8 @@ class GitText2ActionWithPrompt(nn.Module):
             "prompt": PROMPT, "answers": list(ANSWERS), "language_prior": LANGUAGE_PRIOR,
             "prior_floor": PRIOR_FLOOR, "head_size": HEAD_SIZE,
         }  # fmt: skip
-        for name, write in (
-            ("policy.safetensors", lambda path: save_file(weights, path)),
-            ("policy.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n")),
-        ):
-            partial = folder / f"{name}.partial"
-            write(partial)
-            partial.replace(folder / name)
+        write_file(folder / "policy.safetensors", save(weights))
+        write_file(folder / "policy.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def load_policy(self, folder):
         """Load what `save_policy` wrote into this model and return its facts."""

@@ -1,6 +1,6 @@
 """The world: Gymnasium's CarRacing, drawn faster, with frame skip and training-only rewards.
 
-Reads and writes nothing; every other file imports it. `make_env()` is the plain task, scored as published:
+Reads and writes nothing. `make_env()` is the plain task, scored as published:
 the same physics, pixels and rewards as `gym.make("CarRacing-v3", continuous=False)` behind a frame skip.
 `TrainingRewards` is a separate wrapper that only training scripts put around it.
 """
@@ -26,9 +26,7 @@ TRAIN_TRACKS = 100_000  # track seeds 0 .. TRAIN_TRACKS - 1; the seeds above are
 REWARD_CLIP = 10.0  # bound on the reward of one decision; one tile pays about 3.5, so +-1 would pay two tiles like one
 GRASS_LIMIT = 50  # frames with all four wheels on grass before the episode ends
 GRASS_PENALTY = 300.0  # reward subtracted by that end
-MISS_PENALTY = (
-    100.0  # reward subtracted for each tile left behind unvisited; the first one costs the lap, some 30 points
-)
+MISS_PENALTY = 100.0  # subtracted for each tile left behind unvisited; the first one costs the lap, some 30 points
 PENALTY_RAMP = 0.25  # share of the lap over which both penalties grow from 0: a beginner would learn to stand still
 LAP_BONUS = 100.0  # reward added by a finished lap: about what driving on would be worth, as no frame shows the finish
 

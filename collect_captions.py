@@ -35,9 +35,7 @@ TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 
 POLICY = "teacher"  # who drives: "teacher", or a PPO policy's folder such as "results/policy"
-ANSWER_BY = (
-    "teacher"  # who answers: "teacher" (with a PPO policy driving this is DAgger), or "policy", the driver itself
-)
+ANSWER_BY = "teacher"  # who answers: "teacher" (with a PPO policy driving: DAgger), or "policy", the driver itself
 OUTPUT_DIR = "CarRacing-Data"
 
 TRAIN_FRAMES = 40_000

@@ -1,6 +1,6 @@
 """The graphs of stages 2 and 3, drawn from their CSV files while they run.
 
-Reads RESULTS_DIR/lora_log.csv, reward_log.csv, update_log.csv and eval_log.csv. Writes lora_loss.png, reward_curve.png,
+Reads RESULTS_DIR/lora_log.csv, reward_log.csv, update_log.csv, eval_log.csv and, if the baseline ran, sb3_eval_log.csv. Writes lora_loss.png, reward_curve.png,
 ppo_losses.png and ppo_diagnostics.png beside them.
 
     python draw_results.py      # draw them again
@@ -20,12 +20,24 @@ from matplotlib import pyplot as plt  # noqa: E402
 RESULTS_DIR = "results"
 
 
+def save(figure, path):
+    """Write a picture that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(partial, dpi=130, format="png")
+        partial.replace(path)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)
+
+
 def read_log(path):
-    """The rows of a CSV log as dicts of strings; [] if it is not there."""
+    """The whole rows of a CSV log as dicts of strings; [] if it is not there."""
     if not path.exists():
         return []
     with path.open() as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values()]  # a full disk cuts the last row short
 
 
 def draw_reward_curve(results):
@@ -70,8 +82,7 @@ def draw_reward_curve(results):
     axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.grid(alpha=0.3)
-    figure.savefig(results / "reward_curve.png", dpi=130)
-    plt.close(figure)
+    save(figure, results / "reward_curve.png")
 
 
 def draw_updates(results, name, columns):
@@ -83,8 +94,7 @@ def draw_updates(results, name, columns):
         axis.set(title=column, xlabel="environment frames")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.grid(alpha=0.3)
-    figure.savefig(results / f"{name}.png", dpi=130)
-    plt.close(figure)
+    save(figure, results / f"{name}.png")
 
 
 def draw_lora_loss(results):
@@ -104,8 +114,7 @@ def draw_lora_loss(results):
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(results / "lora_loss.png", dpi=130)
-    plt.close(figure)
+    save(figure, results / "lora_loss.png")
 
 
 def draw_confusion(confusion, path):
@@ -126,8 +135,7 @@ def draw_confusion(confusion, path):
         )
     axis.set_xticks(range(6), [*answers, "other"], rotation=25), axis.set_yticks(range(5), answers)
     axis.set(xlabel="the model says", ylabel="the teacher answers")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw(results):
@@ -140,8 +148,14 @@ def draw(results):
         )
 
 
-if __name__ == "__main__":
+def main():
     folder = collect_captions.ROOT / RESULTS_DIR
+    if not (folder / "eval_log.csv").exists():
+        raise model_file.BadInput(f"no eval_log.csv in {RESULTS_DIR}/: run ppo_git_with_prompt.py first")
     draw(folder)
     if (folder / "lora_log.csv").exists():
         draw_lora_loss(folder)
+
+
+if __name__ == "__main__":
+    model_file.run(main)

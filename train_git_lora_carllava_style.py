@@ -13,6 +13,7 @@ Then: python ppo_git_with_prompt.py
 
 import csv
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -108,7 +109,7 @@ class Captions(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Frames and answer indices -> pixel_values, input_ids, attention_mask, labels."""
+    """Frames and answer indices -> pixel_values, input_ids, labels."""
 
     def __init__(self, processor):
         tokenizer = processor.tokenizer
@@ -221,8 +222,36 @@ class EpochReport(TrainerCallback):
         draw_results.draw_confusion(confusion, self.results / "lora_confusion.png")
 
 
+def run_identity(base_fingerprint):
+    """What a resumed run must share with the one that it continues."""
+    data = collect_captions.ROOT / DATA_DIR / "train" / "metadata.jsonl"
+    return {
+        "base": base_fingerprint, "data": model_file.file_hash(data), "rank": LORA_RANK, "alpha": LORA_ALPHA,
+        "dropout": LORA_DROPOUT, "epochs": EPOCHS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE,
+        "seed": SEED, "processes": int(os.environ.get("WORLD_SIZE", 1)), "prompt": model_file.PROMPT,
+    }  # fmt: skip
+
+
+def prepare_checkpoints(folder, identity, first_process):
+    """The checkpoint to resume from, None for a fresh start, which clears what an earlier run left there."""
+    if RESUME:
+        saved = model_file.read_json(folder / "identity.json")
+        for name, ours in identity.items():
+            if saved.get(name) != ours:
+                raise model_file.BadInput(
+                    f"{folder} is of a run with {name} = {saved.get(name)!r}, now {ours!r}: put it back, or set RESUME to "
+                    "False to start anew"
+                )
+        return last_complete_checkpoint(folder)
+    if first_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        model_file.write_file(folder / "identity.json", json.dumps(identity, indent=1).encode())
+    return None
+
+
 def last_complete_checkpoint(folder):
-    """The newest of the Trainer's checkpoints whose trainer_state.json parses; it is written last."""
+    """The newest of the Trainer's checkpoints whose trainer_state.json parses; the first process writes that last."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
         try:
@@ -287,18 +316,20 @@ def main():
         raise model_file.BadInput(
             f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"
         )
-    checkpoint = last_complete_checkpoint(root / CHECKPOINT_DIR) if RESUME else None
     git, processor = model_file.load_base(BASE_MODEL)
     base_fingerprint = model_file.fingerprint(git)
+    first_process = int(os.environ.get("RANK", 0)) == 0  # torchrun's
+    checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, run_identity(base_fingerprint), first_process)
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
     )
     git = get_peft_model(git, config)
     trainable, total = git.get_nb_trainable_parameters()
-    print(
-        f"LoRA on {BASE_MODEL}: {trainable:,} of {total:,} parameters ({trainable / total:.1%}) train for {EPOCHS} epochs on "
-        f"{len(train):,} frames, {len(validation):,} for validation; writes {OUTPUT_DIR}/ and {RESULTS_DIR}/"
-    )
+    if first_process:
+        print(
+            f"LoRA on {BASE_MODEL}: {trainable:,} of {total:,} parameters ({trainable / total:.1%}) train for {EPOCHS} "
+            f"epochs on {len(train):,} frames, {len(validation):,} for validation; writes {OUTPUT_DIR}/ and {RESULTS_DIR}/"
+        )
     model = model_file.GitText2ActionWithPrompt(git, processor)
     results = root / RESULTS_DIR
     results.mkdir(parents=True, exist_ok=True)
@@ -328,6 +359,10 @@ def main():
         train_dataset=train,
         callbacks=[report],
     )
+    if trainer.args.n_gpu > 1:
+        raise model_file.BadInput(
+            "several GPUs: start with torchrun --standalone --nproc_per_node=<GPUs>, or hide all but one"
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return

@@ -204,15 +204,15 @@ def main():
                 for rows in torch.randperm(len(batch["action"])).split(MINIBATCH):
                     b = {k: x[rows] for k, x in batch.items()}
                     a = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
-                    loss, diagnostics = ppo.ppo_loss(
-                        actor(b["state"][:, :-3]), critic(b["state"]), b["action"], b["log_prob"], a, b["returns"],
-                        CLIP, ENTROPY_COEF, VALUE_COEF,
-                    )  # fmt: skip
+                    terms = ppo.ppo_losses(
+                        actor(b["state"][:, :-3]), critic(b["state"]), b["action"], b["log_prob"], a, b["returns"], CLIP
+                    )
+                    loss = terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + VALUE_COEF * terms["value_loss"]
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
                     optimizer.step()
-                    stats.append(diagnostics)
+                    stats.append(terms)
             row = {
                 "update": update,
                 "decisions": update * len(batch["action"]),

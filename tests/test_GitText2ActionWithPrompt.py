@@ -124,7 +124,7 @@ def test_policy_files_round_trip(toy_model, toy_base, frames, tmp_path, lora):
     for name, p in toy_model.named_parameters():
         if "_head." in name or "lora_" in name:
             torch.nn.init.normal_(p, std=0.1)
-    facts = {"base_model": str(toy_base), "adapter": "", "frame_skip": 2} | (
+    facts = {"base_model": str(toy_base), "adapter": "", "adapter_hash": "", "frame_skip": 2} | (
         {"lora_rank": 2, "lora_alpha": 4} if lora else {}
     )
     toy_model.save_policy(tmp_path, **facts)
@@ -135,7 +135,7 @@ def test_policy_files_round_trip(toy_model, toy_base, frames, tmp_path, lora):
 
 
 def test_a_policy_that_does_not_fit_is_refused(toy_model, toy_base, tmp_path):
-    toy_model.save_policy(tmp_path, base_model=str(toy_base), adapter="", frame_skip=2)
+    toy_model.save_policy(tmp_path, base_model=str(toy_base), adapter="", adapter_hash="", frame_skip=2)
     weights = load_file(tmp_path / "policy.safetensors")
     del weights["value_head.0.bias"]
     save_file(weights, tmp_path / "policy.safetensors")

@@ -28,12 +28,12 @@ def test_ppo_loss_by_hand():
     ratio = p[range(6), action] / np.exp(old)
     surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).mean()
     entropy = -(p * np.log(p)).sum(1).mean()
-    expected = -surrogate - 0.01 * entropy + 0.5 * 0.5 * ((value - returns) ** 2).mean()
-    loss, diagnostics = ppo.ppo_loss(
-        *map(torch.tensor, (logits, value, action, old, advantage, returns)), 0.2, 0.01, 0.5
-    )
-    assert loss.item() == pytest.approx(expected)
-    assert diagnostics["clipfrac"].item() == pytest.approx((np.abs(ratio - 1) > 0.2).mean())
+    terms = ppo.ppo_losses(*map(torch.tensor, (logits, value, action, old, advantage, returns)), 0.2)
+    assert terms["policy_loss"].item() == pytest.approx(-surrogate)
+    assert terms["value_loss"].item() == pytest.approx(0.5 * ((value - returns) ** 2).mean())
+    assert terms["entropy"].item() == pytest.approx(entropy)
+    assert terms["approx_kl"].item() == pytest.approx((ratio - 1 - np.log(ratio)).mean())
+    assert terms["clipfrac"].item() == pytest.approx((np.abs(ratio - 1) > 0.2).mean())
 
 
 def test_return_normalizer_equals_gymnasium():

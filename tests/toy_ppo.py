@@ -2,11 +2,11 @@
 
 KILL names the point at which the process kills itself with SIGKILL, or is empty: "rollout" (between two decisions of
 update 2), "log" (update 2's row is written, its state is not) or "state" (while update 3's state is being written). Or what
-goes wrong in update 3: "worker" (a simulator is killed), "disk" (it is full when the state is written), "nan" (the loss is).
+goes wrong in update 3: "worker" (a simulator is killed), "disk" (no file can grow further, as on a full one), "nan" (the loss is).
 """
 
-import errno
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ import car_racing_env  # noqa: E402
 import ppo_git_with_prompt as ppo  # noqa: E402
 
 KILLS = ("rollout", "log", "state")
-FAILURES = {"worker": "a simulator's process ended", "disk": "No space left on device", "nan": "loss is not finite"}
+FAILURES = {"worker": "a simulator's process ended", "disk": "File too large", "nan": "loss is not finite"}
 
 
 def die(*args, **kwargs):
@@ -49,7 +49,21 @@ def main(folder, base, resume, kill):
     if kill == "log":
         write, ppo.Log.write = ppo.Log.write, lambda log, row: (write(log, row), "approx_kl" in row and row["update"] == 2 and die())  # fmt: skip
     if kill == "state":
-        ppo.torch.save = die_at_call(3, ppo.torch.save)
+        write = ppo.model_file.write_file
+
+        def write_half(path, content):
+            if Path(path).name == "state.pt":
+                Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
+                die()
+            write(path, content)
+
+        save = ppo.save_state
+
+        def save_or_die(path, state):
+            ppo.model_file.write_file = write_half if state["update"] == 3 else write
+            save(path, state)
+
+        ppo.save_state = save_or_die
     if kill == "worker":
 
         def kill_a_worker(envs, frames, model):
@@ -59,11 +73,12 @@ def main(folder, base, resume, kill):
         collect, ppo.collect_rollout = ppo.collect_rollout, die_at_call(3, ppo.collect_rollout, kill_a_worker)
     if kill == "disk":
 
-        def disk_is_full(state, path):
-            path.write_bytes(b"half a st")
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        def disk_is_full(path, state):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            return save(path, state)
 
-        ppo.torch.save = die_at_call(3, ppo.torch.save, disk_is_full)
+        save, ppo.save_state = ppo.save_state, die_at_call(3, ppo.save_state, disk_is_full)
     if kill == "nan":
         gae = ppo.compute_gae
         ppo.compute_gae = die_at_call(3, gae, lambda *args: [x * float("nan") for x in gae(*args)])
