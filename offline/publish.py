@@ -17,7 +17,7 @@ import collect_captions
 RESULTS_DIR = "results"
 FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv lora_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
-    "lora_loss.png lora_confusion.png"
+    "lora_loss.png lora_confusion.png sb3_eval_log.csv sb3_run.json"
 ).split()
 GIF_FROM, GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 60, 60, 4, 360  # first video frame, pictures, stride, pixels
 

@@ -34,7 +34,7 @@ TOTAL_UPDATES = 280  # x 16,384 decisions
 BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
 BURST_LONGEST = 7  # decisions
 
-GRASS_PENALTY = 10.0  # these three instead of car_racing_env's
+GRASS_PENALTY = 10.0  # these four instead of car_racing_env's
 MISS_PENALTY = 10.0
 PENALTY_RAMP = 0.0
 LAP_BONUS = 0.0  # this critic knows how much of the lap is left
