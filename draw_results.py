@@ -43,7 +43,7 @@ def read_log(path):
 def draw_reward_curve(results):
     """reward_curve.png: episodes, their moving mean, evaluations with error bars, the 900 line, answers alone."""
     episodes, evaluations = read_log(results / "reward_log.csv"), read_log(results / "eval_log.csv")
-    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     if episodes:
         frames = np.array([int(row["env_frames"]) for row in episodes])
         returns = np.array([float(row["return"]) for row in episodes])
@@ -80,7 +80,7 @@ def draw_reward_curve(results):
             axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
     axis.axhline(900, color="grey", ls=":", label="900: solved")
     axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     axis.grid(alpha=0.3)
     save(figure, results / "reward_curve.png")
 
