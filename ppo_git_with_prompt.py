@@ -375,7 +375,8 @@ def close_envs(envs):
 
 def run_identity(processes):
     """What a resumed run must share with the one that it continues."""
-    return policy_facts() | {
+    facts = policy_facts()
+    return {key: x for key, x in facts.items() if key != "adapter"} | {
         "seed": SEED, "processes": processes, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "train_lora": TRAIN_LORA,
         "train_tracks": car_racing_env.TRAIN_TRACKS, "prompt": model_file.PROMPT, "answers": list(model_file.ANSWERS),
         "language_prior": model_file.LANGUAGE_PRIOR, "head_size": model_file.HEAD_SIZE,

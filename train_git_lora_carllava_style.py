@@ -235,6 +235,7 @@ def run_identity(base_fingerprint):
 def prepare_checkpoints(folder, identity, first_process):
     """The checkpoint to resume from, None for a fresh start, which clears what an earlier run left there."""
     if RESUME:
+        checkpoint = last_complete_checkpoint(folder)
         saved = model_file.read_json(folder / "identity.json")
         for name, ours in identity.items():
             if saved.get(name) != ours:
@@ -242,7 +243,7 @@ def prepare_checkpoints(folder, identity, first_process):
                     f"{folder} is of a run with {name} = {saved.get(name)!r}, now {ours!r}: put it back, or set RESUME to "
                     "False to start anew"
                 )
-        return last_complete_checkpoint(folder)
+        return checkpoint
     if first_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

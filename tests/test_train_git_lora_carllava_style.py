@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.nn import functional as F
 
@@ -52,16 +53,19 @@ def test_validation_counts_what_the_model_says(toy_model, tmp_path, monkeypatch)
     assert metrics["first_token_entropy"] == pytest.approx(-(0.6 * np.log(0.6) + 0.4 * np.log(0.4)))
 
 
-def test_lora_reaches_every_part(toy_model):
-    toy_model.add_lora(rank=2, alpha=2)
-    parts = {
-        name.split("base_model.model.")[1].split(".lora_")[0]
-        for name, _ in toy_model.named_parameters()
-        if "lora_A" in name
-    }
+def parts_with_lora(module):
+    names = [name for name, _ in module.named_parameters() if "lora_A" in name]
+    return {name.split("base_model.model.")[1].split(".lora_")[0] for name in names}
+
+
+def test_lora_reaches_every_part(toy_model, toy_base):
+    git, _ = model_file.load_base(str(toy_base))
+    parts = parts_with_lora(get_peft_model(git, LoraConfig(r=2, target_modules=model_file.LORA_TARGETS)))
     for part in ("git.image_encoder.", "git.encoder.layer.", "git.visual_projection.", "output"):
         assert any(name.startswith(part) for name in parts), part
     assert "git.encoder.layer.0.attention.self.query" in parts
+    toy_model.add_lora(rank=2, alpha=2)  # PPO's: the features do not pass the word layer
+    assert parts_with_lora(toy_model) == parts - {"output"}
 
 
 def test_the_sample_is_refused(tmp_path, constants):

@@ -20,6 +20,7 @@ def main(base, rollout, output):
     accelerator = Accelerator(cpu=True)
     count, index = accelerator.num_processes, accelerator.process_index
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = ppo.model_file.GitText2ActionWithPrompt.from_pretrained(base)
     stored = torch.load(rollout, weights_only=True)
     mine = {key: torch.cat([part.chunk(count)[index] for part in x.split(UNION_MINIBATCH)])
@@ -27,7 +28,7 @@ def main(base, rollout, output):
     ppo.MINIBATCH_SIZE = UNION_MINIBATCH // count
     torch.randperm = torch.arange  # the minibatches in the order of the file
     heads = [*model.policy_head.parameters(), *model.value_head.parameters()]
-    optimizer = torch.optim.Adam(heads, lr=1e-2, eps=1e-5)
+    optimizer = torch.optim.Adam(heads, lr=1e-3, eps=1e-5)
     for warming_up in (True, False):
         diagnostics = ppo.update_policy(model, optimizer, mine, warming_up, accelerator)
         with torch.no_grad():  # the next update's rollout: the same decisions by the policy as it is now
