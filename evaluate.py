@@ -103,6 +103,15 @@ def load_driver(name):
     raise model_file.BadInput(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
 
 
+def driver_files():
+    """Where the driver's weights come from, and a hash of them."""
+    files = {"policy": (POLICY, "policy.safetensors"), "answers": (ADAPTER, "adapter_model.safetensors")}
+    if DRIVER not in files:
+        return {}
+    folder, name = files[DRIVER]
+    return {"folder": folder, "weights_hash": model_file.file_hash(collect_captions.ROOT / folder / name)}
+
+
 def load_answerer(adapter):
     """The base that an adapter folder names, with the adapter merged."""
     task = model_file.read_task(collect_captions.ROOT / adapter)
@@ -301,7 +310,7 @@ def main():
     write_json(
         path,
         {
-            "driver": DRIVER, "env_id": car_racing_env.ENV_ID, "frame_skip": car_racing_env.FRAME_SKIP,
+            "driver": DRIVER, **driver_files(), "env_id": car_racing_env.ENV_ID, "frame_skip": car_racing_env.FRAME_SKIP,
             "tracks": [tracks[0], tracks[-1]], **summary, **collect_captions.run_facts(),
             "seconds": round(time.time() - began, 1),
             "returns": [round(r["return"], 2) for r in results], "ends": [r["end"] for r in results],
