@@ -6,7 +6,6 @@ GIT reads the image rows first and then the text, causally; image rows never see
 through the decoder gives keys and values that any text can attend to: `see` computes them, `read` uses them.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -15,11 +14,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.activations import QuickGELUActivation
+
+import checks
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,63 +43,14 @@ LORA_TARGETS = (
 )
 
 
-class BadInput(ValueError):
-    """Something the user can mend: the message names the file or constant and the remedy. Scripts end with that line."""
-
-
-def run(main):
-    """Run a script; what the user can mend, a full disk included, ends it with one line instead of a traceback."""
-    try:
-        main()
-    except BadInput as error:
-        raise SystemExit(f"error: {error}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise SystemExit(
-            f"error: {error}: make room or choose another folder; what was written before is kept"
-        ) from None
-
-
-def check_constants(script, **ranges):
-    """Fail early if a script's constants are of another type or out of range, naming the constant.
-
-    `script` is its `globals()`; each range is (type, low, high) with both ends allowed, None for no bound.
-    """
-    for name, (kind, low, high) in ranges.items():
-        value = script[name]
-        number = kind is float and type(value) is int
-        if type(value) is not kind and not number:
-            wrong = f"it must be of type {kind.__name__}"
-        elif (low is not None and value < low) or (high is not None and value > high):
-            wrong = f"it must lie in [{'-inf' if low is None else low}, {'inf' if high is None else high}]"
-        else:
-            continue
-        raise BadInput(f"{name} = {value!r} in {Path(script['__file__']).name}: {wrong}")
-
-
-def read_json(path):
-    """A json file's content; BadInput names the file if it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path} ({error}): restore it, or run the script that writes it again") from None
-
-
-def read_weights(path):
-    """A safetensors file's tensors by name; BadInput names the file if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot read {path} ({error}): restore it, or run the script that writes it again") from None
-
-
 def device():
     """The torch device that DEVICE means, under torchrun this process's own GPU."""
     if DEVICE not in ("auto", "cpu", "cuda"):
-        raise BadInput(f"DEVICE = {DEVICE!r} in GitText2ActionWithPrompt.py: use 'auto', 'cpu' or 'cuda'")
+        raise checks.BadInput(f"DEVICE = {DEVICE!r} in GitText2ActionWithPrompt.py: use 'auto', 'cpu' or 'cuda'")
     if DEVICE == "cuda" and not torch.cuda.is_available():
-        raise BadInput("DEVICE = 'cuda' in GitText2ActionWithPrompt.py, but torch finds no GPU: use 'auto' or 'cpu'")
+        raise checks.BadInput(
+            "DEVICE = 'cuda' in GitText2ActionWithPrompt.py, but torch finds no GPU: use 'auto' or 'cpu'"
+        )
     if DEVICE == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -112,7 +64,7 @@ def preprocess(frames, image_processor):
     """
     frames = torch.as_tensor(frames)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise BadInput(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
+        raise checks.BadInput(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
     size = image_processor.size
     size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
     pixels = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -144,7 +96,7 @@ def answer_ids(tokenizer):
         if len(x) not in (1, 2) or len(first_of_two) > 1 or (len(x) == 1 and x[0] in first_of_two)
     ]
     if bad or len({tuple(x) for x in ids}) < len(ids):
-        raise BadInput(
+        raise checks.BadInput(
             f"ANSWERS {bad or list(ANSWERS)} cannot be scored in one pass: use different answers of one token, or of two "
             f"that share the first (now {[tokenizer.convert_ids_to_tokens(x) for x in ids]})"
         )
@@ -175,31 +127,15 @@ def fingerprint(git):
     return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:16]
 
 
-def write_file(path, content):
-    """Write bytes so that the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def file_hash(path):
-    """A short hash of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
 def read_task(adapter):
     """The `task.json` of an adapter folder: base model, its fingerprint, prompt, answers, frame skip."""
     path = Path(adapter) / TASK_FILE
     if not path.exists():
-        raise BadInput(f"no adapter in {adapter}/: run train_git_lora_carllava_style.py first")
-    task = read_json(path)
+        raise checks.BadInput(f"no adapter in {adapter}/: run train_git_lora_carllava_style.py first")
+    task = checks.read_json(path)
     missing = {"base_model", "base_fingerprint", "prompt", "answers", "frame_skip"} - task.keys()
     if missing:
-        raise BadInput(f"{path} lacks {', '.join(sorted(missing))}: rerun train_git_lora_carllava_style.py")
+        raise checks.BadInput(f"{path} lacks {', '.join(sorted(missing))}: rerun train_git_lora_carllava_style.py")
     return task
 
 
@@ -214,7 +150,7 @@ def load_base(base_model):
         git = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(
+        raise checks.BadInput(
             f"BASE_MODEL {base_model!r} is no folder with a GIT model and no model of the Hub: {str(error).splitlines()[0]}"
         ) from None
     git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
@@ -248,17 +184,17 @@ class GitText2ActionWithPrompt(nn.Module):
         if adapter is not None:
             task = read_task(adapter)
             if task["base_fingerprint"] != fingerprint(git):
-                raise BadInput(
+                raise checks.BadInput(
                     f"{adapter}/ was trained on another base ({task['base_model']}) than {base_model}: "
                     "rerun train_git_lora_carllava_style.py with this BASE_MODEL"
                 )
             for name, ours in (("prompt", PROMPT), ("answers", list(ANSWERS))):
                 if task[name] != ours:
-                    raise BadInput(
+                    raise checks.BadInput(
                         f"{adapter}/ was trained with {name} {task[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                         "put it back or rerun collect_captions.py and train_git_lora_carllava_style.py"
                     )
-            read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
+            checks.read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
             git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
         fold_quick_gelu(git)
         return cls(git.eval().requires_grad_(False), processor).to(device())
@@ -268,15 +204,17 @@ class GitText2ActionWithPrompt(nn.Module):
         """Load a policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
         folder = Path(folder)
         if not (folder / "policy.json").exists():
-            raise BadInput(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
-        facts = read_json(folder / "policy.json")
+            raise checks.BadInput(f"no policy in {folder}/: run ppo_git_with_prompt.py first")
+        facts = checks.read_json(folder / "policy.json")
         missing = {"base_model", "adapter", "adapter_hash", "frame_skip"} - facts.keys()
         if missing:
-            raise BadInput(f"{folder}/policy.json lacks {', '.join(sorted(missing))}: rerun ppo_git_with_prompt.py")
+            raise checks.BadInput(
+                f"{folder}/policy.json lacks {', '.join(sorted(missing))}: rerun ppo_git_with_prompt.py"
+            )
         adapter = ROOT / facts["adapter"] if facts["adapter"] else None
         model = cls.from_pretrained(facts["base_model"], adapter)
-        if adapter and facts["adapter_hash"] != file_hash(adapter / "adapter_model.safetensors"):
-            raise BadInput(
+        if adapter and facts["adapter_hash"] != checks.file_hash(adapter / "adapter_model.safetensors"):
+            raise checks.BadInput(
                 f"{folder}/ was trained on another adapter than the one now in {facts['adapter']}/: restore that, or rerun "
                 "ppo_git_with_prompt.py"
             )
@@ -431,30 +369,30 @@ class GitText2ActionWithPrompt(nn.Module):
             "prompt": PROMPT, "answers": list(ANSWERS), "language_prior": LANGUAGE_PRIOR,
             "prior_floor": PRIOR_FLOOR, "head_size": HEAD_SIZE,
         }  # fmt: skip
-        write_file(folder / "policy.safetensors", save(weights))
-        write_file(folder / "policy.json", (json.dumps(facts, indent=1) + "\n").encode())
+        checks.write_file(folder / "policy.safetensors", save(weights))
+        checks.write_file(folder / "policy.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def load_policy(self, folder):
         """Load what `save_policy` wrote into this model and return its facts."""
         folder = Path(folder)
-        facts = read_json(folder / "policy.json")
+        facts = checks.read_json(folder / "policy.json")
         for name, ours in (
             ("prompt", PROMPT), ("answers", list(ANSWERS)), ("language_prior", LANGUAGE_PRIOR),
             ("prior_floor", PRIOR_FLOOR), ("head_size", HEAD_SIZE),
         ):  # fmt: skip
             if facts.get(name) != ours:
-                raise BadInput(
+                raise checks.BadInput(
                     f"{folder}/ was trained with {name} {facts.get(name)!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                     "put the constant back or rerun ppo_git_with_prompt.py"
                 )
-        weights = read_weights(folder / "policy.safetensors")
+        weights = checks.read_weights(folder / "policy.safetensors")
         if facts.get("lora_rank") and not self.has_lora:
             self.add_lora(facts["lora_rank"], facts["lora_alpha"])
         expected = self.trained_parameters()
         bad = [n for n in expected.keys() | weights.keys() if n not in weights or n not in expected
                or weights[n].shape != expected[n].shape]  # fmt: skip
         if bad:
-            raise BadInput(f"{folder}/policy.safetensors does not fit this model: {', '.join(sorted(bad)[:3])}")
+            raise checks.BadInput(f"{folder}/policy.safetensors does not fit this model: {', '.join(sorted(bad)[:3])}")
         self.load_state_dict(weights, strict=False)
         return facts
 

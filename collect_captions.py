@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import car_racing_env
+import checks
 import GitText2ActionWithPrompt as model_file
 
 ROOT = Path(__file__).resolve().parent
@@ -144,10 +145,10 @@ def load_teacher(path=None):
     """The teacher from its safetensors file, ready to act."""
     path = ROOT / (path or TEACHER)
     if not path.exists():
-        raise model_file.BadInput(
+        raise checks.BadInput(
             f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher"
         )
-    weights = model_file.read_weights(path)
+    weights = checks.read_weights(path)
     teacher = Teacher(weights["net.0.weight"].shape[1], weights["net.0.weight"].shape[0])
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False)
@@ -222,7 +223,7 @@ def collect_split(folder, first_track, tracks, num_frames):
             if len(rows) >= num_frames:
                 break
         else:
-            raise model_file.BadInput(
+            raise checks.BadInput(
                 f"{tracks} tracks gave {len(rows)} frames for {folder.name}/: raise KEEP or ask for fewer"
             )
     rows = rows[:num_frames]
@@ -253,7 +254,6 @@ def contact_sheet(rows, folder, path, columns=8):
 
 def write_run(folder, script, began, facts):
     """Write `run.json`: the constants of the script, the model and the world, `facts` (`run_facts()` at the start) and the wall time since `began`."""
-    folder = Path(folder)
     constants = lambda module: {  # noqa: E731
         name: str(value) if isinstance(value, range) else value
         for name, value in module.items()
@@ -268,9 +268,7 @@ def write_run(folder, script, began, facts):
         **facts,
         "seconds": round(time.time() - began, 1),
     }
-    partial = folder / "run.json.partial"
-    partial.write_text(json.dumps(run, indent=1) + "\n")
-    partial.replace(folder / "run.json")
+    checks.write_file(Path(folder) / "run.json", (json.dumps(run, indent=1) + "\n").encode())
 
 
 def run_facts():
@@ -285,13 +283,13 @@ def run_facts():
 
 
 def main():
-    model_file.check_constants(
+    checks.check_constants(
         globals(), TRAIN_FRAMES=(int, 1, None), VALIDATION_FRAMES=(int, 1, None), FIRST_TRACK=(int, 0, 99_999),
         FIRST_VALIDATION_TRACK=(int, 100_000, 100_099), KEEP=(float, 0.001, 1), BURST_START=(float, 0, 1),
         BURST_LONGEST=(int, 1, None), STUCK_LIMIT=(int, 1, None), NUM_WORKERS=(int, 1, None),
     )  # fmt: skip
     if ANSWER_BY not in ("teacher", "policy"):
-        raise model_file.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
+        raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
     began, facts = time.time(), run_facts()
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")
@@ -362,4 +360,4 @@ Made by `collect_captions.py`; its constants, versions and commit are in `run.js
 
 
 if __name__ == "__main__":
-    model_file.run(main)
+    checks.run(main)

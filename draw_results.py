@@ -11,6 +11,7 @@ import csv
 import matplotlib
 import numpy as np
 
+import checks
 import collect_captions
 import GitText2ActionWithPrompt as model_file
 
@@ -151,11 +152,11 @@ def draw(results):
 def main():
     folder = collect_captions.ROOT / RESULTS_DIR
     if not (folder / "eval_log.csv").exists():
-        raise model_file.BadInput(f"no eval_log.csv in {RESULTS_DIR}/: run ppo_git_with_prompt.py first")
+        raise checks.BadInput(f"no eval_log.csv in {RESULTS_DIR}/: run ppo_git_with_prompt.py first")
     draw(folder)
     if (folder / "lora_log.csv").exists():
         draw_lora_loss(folder)
 
 
 if __name__ == "__main__":
-    model_file.run(main)
+    checks.run(main)

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import car_racing_env
+import checks
 import collect_captions
 import GitText2ActionWithPrompt as model_file
 
@@ -98,9 +99,9 @@ def load_driver(name):
         return Answers(load_answerer(ADAPTER))
     if name == "policy":
         model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
-        check_frame_skip(POLICY, model_file.read_json(collect_captions.ROOT / POLICY / "policy.json"))
+        check_frame_skip(POLICY, checks.read_json(collect_captions.ROOT / POLICY / "policy.json"))
         return Policy(model)
-    raise model_file.BadInput(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
+    raise checks.BadInput(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
 
 
 def driver_files():
@@ -109,7 +110,7 @@ def driver_files():
     if DRIVER not in files:
         return {}
     folder, name = files[DRIVER]
-    return {"folder": folder, "weights_hash": model_file.file_hash(collect_captions.ROOT / folder / name)}
+    return {"folder": folder, "weights_hash": checks.file_hash(collect_captions.ROOT / folder / name)}
 
 
 def load_answerer(adapter):
@@ -121,7 +122,7 @@ def load_answerer(adapter):
 
 def check_frame_skip(folder, facts):
     if facts["frame_skip"] != car_racing_env.FRAME_SKIP:
-        raise model_file.BadInput(
+        raise checks.BadInput(
             f"{folder}/ was made with FRAME_SKIP = {facts['frame_skip']}, car_racing_env.py has {car_racing_env.FRAME_SKIP}: "
             "put it back or rerun the stages"
         )
@@ -193,11 +194,8 @@ def summarize(results):
 
 def write_json(path, facts):
     """Write a json file that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
-    partial.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    checks.write_file(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 @torch.no_grad()
@@ -292,7 +290,7 @@ def compose(frame, answer, action, probabilities, speed, total):
 
 
 def main():
-    model_file.check_constants(
+    checks.check_constants(
         globals(), FIRST_TRACK=(int, 0, None), NUM_TRACKS=(int, 1, None), NUM_ENVS=(int, 1, None), SEED=(int, 0, None)
     )
     began = time.time()
@@ -329,4 +327,4 @@ def main():
 
 
 if __name__ == "__main__":
-    model_file.run(main)
+    checks.run(main)

@@ -31,6 +31,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import car_racing_env
+import checks
 import collect_captions
 import draw_results
 import evaluate
@@ -193,7 +194,7 @@ def policy_facts():
     """What a saved policy must remember to be loaded again."""
     adapter = collect_captions.ROOT / ADAPTER
     base = model_file.read_task(adapter)["base_model"] if ADAPTER else BASE_WITHOUT_ADAPTER
-    adapter_hash = model_file.file_hash(adapter / "adapter_model.safetensors") if ADAPTER else ""
+    adapter_hash = checks.file_hash(adapter / "adapter_model.safetensors") if ADAPTER else ""
     lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA} if TRAIN_LORA else {}
     facts = {"base_model": base, "adapter": ADAPTER, "adapter_hash": adapter_hash}
     return facts | {"frame_skip": car_racing_env.FRAME_SKIP} | lora
@@ -300,7 +301,7 @@ def update_policy(model, optimizer, batch, warming_up, accelerator):
             if not warming_up:
                 loss = loss + terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + KL_COEF * terms["kl_to_answers"]
             if not torch.isfinite(loss):
-                raise model_file.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+                raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
             optimizer.zero_grad()
             loss.backward()
             if accelerator.num_processes > 1:
@@ -386,17 +387,17 @@ def run_identity(processes):
 def load_state(path, processes):
     """The state that the last finished update left, checked against what it depends on."""
     if not path.exists():
-        raise model_file.BadInput(f"RESUME = True, but there is no {path}: set it to False to start anew")
+        raise checks.BadInput(f"RESUME = True, but there is no {path}: set it to False to start anew")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["identity"]
     except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise model_file.BadInput(
+        raise checks.BadInput(
             f"cannot read {path} ({(str(error) or repr(error)).splitlines()[0]}): set RESUME to False to start anew"
         ) from None
     for name, ours in run_identity(processes).items():
         if saved.get(name) != ours:
-            raise model_file.BadInput(
+            raise checks.BadInput(
                 f"{path} is of a run with {name} = {saved.get(name)!r}, now {ours!r}: put it back, or set RESUME to False to "
                 "start anew"
             )
@@ -407,7 +408,7 @@ def save_state(path, state):
     """Replace the resumable state at once, so that a kill at any moment leaves a whole one."""
     buffer = io.BytesIO()  # torch's own file writer hides a full disk behind another error
     torch.save(state, buffer)
-    model_file.write_file(path, buffer.getvalue())
+    checks.write_file(path, buffer.getvalue())
 
 
 def rng_states(device):
@@ -423,7 +424,7 @@ def set_rng_states(states, device):
 
 
 def main():
-    model_file.check_constants(
+    checks.check_constants(
         globals(), SEED=(int, 0, None), NUM_ENVS=(int, 2, None), TORCH_THREADS=(int, 1, None), NUM_STEPS=(int, 1, None),
         TOTAL_UPDATES=(int, 1, None), K_EPOCHS=(int, 1, None), MINIBATCH_SIZE=(int, 1, None), RESUME=(bool, None, None),
         WARMUP_UPDATES=(int, 0, None), LEARNING_RATE=(float, 0, 1), VALUE_LEARNING_RATE=(float, 0, 1),
@@ -586,7 +587,7 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues")
     except (EOFError, ConnectionError):
-        raise model_file.BadInput(
+        raise checks.BadInput(
             "a simulator's process ended (killed, or out of memory?): RESUME = True continues after the last update; "
             "lower NUM_ENVS in ppo_git_with_prompt.py if it happens again"
         ) from None
@@ -602,4 +603,4 @@ def main():
 
 
 if __name__ == "__main__":
-    model_file.run(main)
+    checks.run(main)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import car_racing_env
+import checks
 import collect_captions
 import draw_results
 import GitText2ActionWithPrompt as model_file
@@ -58,30 +59,28 @@ class Captions(torch.utils.data.Dataset):
         self.folder = Path(folder)
         metadata = self.folder / "metadata.jsonl"
         if not metadata.exists():
-            raise model_file.BadInput(f"no captions in {self.folder}: run collect_captions.py first")
+            raise checks.BadInput(f"no captions in {self.folder}: run collect_captions.py first")
         self.rows, answers = [], list(model_file.ANSWERS)
         for number, line in enumerate(metadata.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
                 name, text, prompt = row["file_name"], row["text"], row["prompt"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise model_file.BadInput(
+                raise checks.BadInput(
                     f"{metadata}:{number} is no caption row ({error!r}): rerun collect_captions.py"
                 ) from None
             if text not in answers:
-                raise model_file.BadInput(
-                    f"{metadata}:{number}: unknown answer {text!r}, ANSWERS are {', '.join(answers)}"
-                )
+                raise checks.BadInput(f"{metadata}:{number}: unknown answer {text!r}, ANSWERS are {', '.join(answers)}")
             if prompt != model_file.PROMPT:
-                raise model_file.BadInput(
+                raise checks.BadInput(
                     f"{metadata}:{number}: prompt {prompt!r} is not PROMPT: rerun collect_captions.py"
                 )
             if not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
-                raise model_file.BadInput(f"{metadata}:{number}: {name!r} leaves the dataset's folder")
+                raise checks.BadInput(f"{metadata}:{number}: {name!r} leaves the dataset's folder")
             self.check_image(name)
             self.rows.append((name, answers.index(text)))
         if not self.rows:
-            raise model_file.BadInput(f"{metadata} has no rows: rerun collect_captions.py")
+            raise checks.BadInput(f"{metadata} has no rows: rerun collect_captions.py")
 
     def __len__(self):
         return len(self.rows)
@@ -98,12 +97,10 @@ class Captions(torch.utils.data.Dataset):
                 size = image.size
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise model_file.BadInput(
-                f"cannot read {self.folder / name} ({error}): rerun collect_captions.py"
-            ) from None
+            raise checks.BadInput(f"cannot read {self.folder / name} ({error}): rerun collect_captions.py") from None
         self.size = getattr(self, "size", size)
         if size != self.size:
-            raise model_file.BadInput(
+            raise checks.BadInput(
                 f"{self.folder / name} is {size[0]} x {size[1]}, others {self.size[0]} x {self.size[1]}"
             )
 
@@ -226,7 +223,7 @@ def run_identity(base_fingerprint):
     """What a resumed run must share with the one that it continues."""
     data = collect_captions.ROOT / DATA_DIR / "train" / "metadata.jsonl"
     return {
-        "base": base_fingerprint, "data": model_file.file_hash(data), "rank": LORA_RANK, "alpha": LORA_ALPHA,
+        "base": base_fingerprint, "data": checks.file_hash(data), "rank": LORA_RANK, "alpha": LORA_ALPHA,
         "dropout": LORA_DROPOUT, "epochs": EPOCHS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE,
         "seed": SEED, "processes": int(os.environ.get("WORLD_SIZE", 1)), "prompt": model_file.PROMPT,
     }  # fmt: skip
@@ -236,10 +233,10 @@ def prepare_checkpoints(folder, identity, first_process):
     """The checkpoint to resume from, None for a fresh start, which clears what an earlier run left there."""
     if RESUME:
         checkpoint = last_complete_checkpoint(folder)
-        saved = model_file.read_json(folder / "identity.json")
+        saved = checks.read_json(folder / "identity.json")
         for name, ours in identity.items():
             if saved.get(name) != ours:
-                raise model_file.BadInput(
+                raise checks.BadInput(
                     f"{folder} is of a run with {name} = {saved.get(name)!r}, now {ours!r}: put it back, or set RESUME to "
                     "False to start anew"
                 )
@@ -247,7 +244,7 @@ def prepare_checkpoints(folder, identity, first_process):
     if first_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        model_file.write_file(folder / "identity.json", json.dumps(identity, indent=1).encode())
+        checks.write_file(folder / "identity.json", json.dumps(identity, indent=1).encode())
     return None
 
 
@@ -260,7 +257,7 @@ def last_complete_checkpoint(folder):
             return str(checkpoint)
         except (OSError, json.JSONDecodeError):
             print(f"{checkpoint.name} is not complete: the one before is used")
-    raise model_file.BadInput(f"RESUME = True, but {folder} has no complete checkpoint: set it to False to start anew")
+    raise checks.BadInput(f"RESUME = True, but {folder} has no complete checkpoint: set it to False to start anew")
 
 
 def card(metrics, trainable, total):
@@ -299,7 +296,7 @@ print(processor.tokenizer.decode(words[0, prompt.shape[1] :], skip_special_token
 
 
 def main():
-    model_file.check_constants(
+    checks.check_constants(
         globals(), MIN_FRAMES=(int, 1, None), LORA_RANK=(int, 1, None), LORA_ALPHA=(float, 0, None),
         LORA_DROPOUT=(float, 0, 0.99), EPOCHS=(int, 1, None), BATCH_SIZE=(int, 1, None), LEARNING_RATE=(float, 0, 1),
         WEIGHT_DECAY=(float, 0, 1), WARMUP=(float, 0, 1), SEED=(int, 0, None), RESUME=(bool, None, None),
@@ -309,12 +306,12 @@ def main():
     root = collect_captions.ROOT
     train, validation = (Captions(root / DATA_DIR / split) for split in ("train", "validation"))
     if len(train) < MIN_FRAMES:
-        raise model_file.BadInput(
+        raise checks.BadInput(
             f"{DATA_DIR}/ has {len(train)} training frames, only the shipped sample: run collect_captions.py first"
         )
-    skip = model_file.read_json(root / DATA_DIR / "run.json")["frame_skip"]
+    skip = checks.read_json(root / DATA_DIR / "run.json")["frame_skip"]
     if skip != car_racing_env.FRAME_SKIP:
-        raise model_file.BadInput(
+        raise checks.BadInput(
             f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"
         )
     git, processor = model_file.load_base(BASE_MODEL)
@@ -361,7 +358,7 @@ def main():
         callbacks=[report],
     )
     if trainer.args.n_gpu > 1:
-        raise model_file.BadInput(
+        raise checks.BadInput(
             "several GPUs: start with torchrun --standalone --nproc_per_node=<GPUs>, or hide all but one"
         )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -395,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    model_file.run(main)
+    checks.run(main)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GitConfig, GitForCausalLM
 
+import checks
 import GitText2ActionWithPrompt as model_file
 from offline import make_git_tiny
 
@@ -26,7 +27,7 @@ def test_preprocess_equals_the_processor(toy_model, frames):
     ],
 )
 def test_bad_frames_are_named(toy_model, bad):
-    with pytest.raises(model_file.BadInput, match="frames must be uint8"):
+    with pytest.raises(checks.BadInput, match="frames must be uint8"):
         toy_model(bad)
 
 
@@ -139,13 +140,13 @@ def test_a_policy_that_does_not_fit_is_refused(toy_model, toy_base, tmp_path):
     weights = load_file(tmp_path / "policy.safetensors")
     del weights["value_head.0.bias"]
     save_file(weights, tmp_path / "policy.safetensors")
-    with pytest.raises(model_file.BadInput, match="value_head.0.bias"):
+    with pytest.raises(checks.BadInput, match="value_head.0.bias"):
         model_file.GitText2ActionWithPrompt.from_policy(tmp_path)
     facts = json.loads((tmp_path / "policy.json").read_text()) | {"head_size": 7}
     (tmp_path / "policy.json").write_text(json.dumps(facts))
-    with pytest.raises(model_file.BadInput, match="head_size 7"):
+    with pytest.raises(checks.BadInput, match="head_size 7"):
         model_file.GitText2ActionWithPrompt.from_policy(tmp_path)
-    with pytest.raises(model_file.BadInput, match="run ppo_git_with_prompt.py first"):
+    with pytest.raises(checks.BadInput, match="run ppo_git_with_prompt.py first"):
         model_file.GitText2ActionWithPrompt.from_policy(tmp_path / "nowhere")
 
 
@@ -155,15 +156,15 @@ def test_an_adapter_of_another_base_is_refused(pipeline, tmp_path, constants):
     processor = make_git_tiny.make_processor([{"How fast is the car?": "zero"}])
     make_git_tiny.make_model(processor.tokenizer).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(model_file.BadInput, match="trained on another base"):
+    with pytest.raises(checks.BadInput, match="trained on another base"):
         model_file.GitText2ActionWithPrompt.from_pretrained(str(tmp_path), pipeline.adapter)
-    with pytest.raises(model_file.BadInput, match="run train_git_lora_carllava_style.py first"):
+    with pytest.raises(checks.BadInput, match="run train_git_lora_carllava_style.py first"):
         model_file.read_task(tmp_path)
 
 
 def test_unscorable_answers_are_named(toy_model, constants):
     constants(model_file, ANSWERS={"Coast": 0, "Go on then": 3, "Turn left": 2, "Turn right": 1, "Brake": 4})
-    with pytest.raises(model_file.BadInput, match="Go on then"):
+    with pytest.raises(checks.BadInput, match="Go on then"):
         model_file.GitText2ActionWithPrompt(toy_model.git, toy_model.processor)
 
 

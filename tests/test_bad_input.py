@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import checks
 import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
@@ -159,7 +160,7 @@ def test_bad_input_is_named_and_changes_nothing(
     module = model_file if callable(who) else who
     main = who if callable(who) else getattr(who, "main", frames(1, 96, 96, 3))
     constants(module, **changes)
-    with pytest.raises(model_file.BadInput, match=message) as caught:
+    with pytest.raises(checks.BadInput, match=message) as caught:
         main()
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import car_racing_env
+import checks
 import collect_captions
 import GitText2ActionWithPrompt as model_file
 
@@ -96,7 +97,7 @@ def test_a_policy_drives_and_the_teacher_answers(pipeline, constants, tmp_path):
     assert len((output / "train" / "metadata.jsonl").read_text().splitlines()) == 20
     before = sorted(path.name for path in (output / "train").iterdir())
     constants(collect_captions, TEACHER="nowhere.safetensors")
-    with pytest.raises(model_file.BadInput, match="no teacher in"):
+    with pytest.raises(checks.BadInput, match="no teacher in"):
         collect_captions.main()
     assert sorted(path.name for path in (output / "train").iterdir()) == before
     assert json.loads((output / "run.json").read_text())["constants"]["ANSWER_BY"] == "teacher"

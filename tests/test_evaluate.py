@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import car_racing_env
+import checks
 import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
@@ -51,12 +52,12 @@ def test_policy_acts_by_the_simulators_index(toy_model, frames):
 
 
 def test_unknown_driver_and_other_frame_skip_are_named(constants, pipeline):
-    with pytest.raises(model_file.BadInput, match="DRIVER = 'me'"):
+    with pytest.raises(checks.BadInput, match="DRIVER = 'me'"):
         evaluate.load_driver("me")
     constants(evaluate, ADAPTER=str(pipeline.adapter), POLICY=str(pipeline.results / "policy"))
     constants(car_racing_env, FRAME_SKIP=4)
     for driver in ("answers", "policy"):
-        with pytest.raises(model_file.BadInput, match="FRAME_SKIP = 2, car_racing_env.py has 4"):
+        with pytest.raises(checks.BadInput, match="FRAME_SKIP = 2, car_racing_env.py has 4"):
             evaluate.load_driver(driver)
 
 

@@ -10,6 +10,7 @@ from datasets import load_dataset
 from PIL import Image
 
 import car_racing_env
+import checks
 import evaluate
 import GitText2ActionWithPrompt as model_file
 
@@ -83,7 +84,7 @@ def test_reward_log_is_the_true_return(pipeline):
 def test_evaluation_file(pipeline):
     facts = json.loads((pipeline.results / "eval_policy.json").read_text())
     assert facts["seeds"] == [100_000, 100_001] and len(facts["returns"]) == 2
-    assert facts["weights_hash"] == model_file.file_hash(pipeline.results / "policy" / "policy.safetensors")
+    assert facts["weights_hash"] == checks.file_hash(pipeline.results / "policy" / "policy.safetensors")
     assert facts["mean"] == pytest.approx(np.mean(facts["returns"]), abs=0.01)
     assert facts["std"] == pytest.approx(np.std(facts["returns"]), abs=0.01)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import checks
 import draw_results
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
@@ -113,7 +114,7 @@ def test_not_a_number_stops_the_run(toy_model, constants):
     batch = learning_batch(toy_model, torch.randint(0, 256, (5, 96, 96, 3), dtype=torch.uint8))
     batch["returns"][0] = float("nan")
     optimizer = torch.optim.Adam(toy_model.value_head.parameters())
-    with pytest.raises(model_file.BadInput, match="LEARNING_RATE"):
+    with pytest.raises(checks.BadInput, match="LEARNING_RATE"):
         ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
 
 

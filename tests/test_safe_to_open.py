@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import checks
 import collect_captions
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
@@ -41,30 +42,30 @@ def test_pickles_in_place_of_weights(bomb, pipeline, tmp_path, constants):
     adapter = shutil.copytree(pipeline.adapter, tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(payload)  # PEFT's own fallback
-    with pytest.raises(model_file.BadInput, match="adapter_model.safetensors"):
+    with pytest.raises(checks.BadInput, match="adapter_model.safetensors"):
         model_file.GitText2ActionWithPrompt.from_pretrained(str(pipeline.base), adapter)
     (adapter / "adapter_model.safetensors").write_bytes(payload)
-    with pytest.raises(model_file.BadInput, match="adapter_model.safetensors"):
+    with pytest.raises(checks.BadInput, match="adapter_model.safetensors"):
         model_file.GitText2ActionWithPrompt.from_pretrained(str(pipeline.base), adapter)
 
     policy = shutil.copytree(pipeline.results / "policy", tmp_path / "policy")
     (policy / "policy.safetensors").write_bytes(payload)
-    with pytest.raises(model_file.BadInput, match="policy.safetensors"):
+    with pytest.raises(checks.BadInput, match="policy.safetensors"):
         model_file.GitText2ActionWithPrompt.from_policy(policy)
 
     (tmp_path / "teacher").write_bytes(payload)
-    with pytest.raises(model_file.BadInput, match="teacher"):
+    with pytest.raises(checks.BadInput, match="teacher"):
         collect_captions.load_teacher(tmp_path / "teacher")
 
     base = shutil.copytree(pipeline.base, tmp_path / "base")
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(payload)
-    with pytest.raises(model_file.BadInput, match="BASE_MODEL"):
+    with pytest.raises(checks.BadInput, match="BASE_MODEL"):
         model_file.load_base(str(base))
 
     (tmp_path / "state.pt").write_bytes(payload)
     constants(ppo, RESULTS_DIR=str(tmp_path), RESUME=True)
-    with pytest.raises(model_file.BadInput, match="state.pt"):
+    with pytest.raises(checks.BadInput, match="state.pt"):
         ppo.main()
     assert not path.exists()
 
@@ -79,7 +80,7 @@ def test_code_beside_a_base_is_not_imported(bomb, pipeline, tmp_path):
     model_file.load_base(str(base))
     config["model_type"] = "unknown_to_transformers"
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(model_file.BadInput, match="BASE_MODEL"):
+    with pytest.raises(checks.BadInput, match="BASE_MODEL"):
         model_file.load_base(str(base))
     assert not path.exists()
 
@@ -90,5 +91,5 @@ def test_pictures_outside_the_dataset_are_not_read(pipeline, tmp_path):
     link.symlink_to("/etc/hostname")
     row = {"file_name": "link.png", "text": "Brake", "prompt": model_file.PROMPT}
     (data / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(model_file.BadInput, match="leaves the dataset's folder"):
+    with pytest.raises(checks.BadInput, match="leaves the dataset's folder"):
         stage2.Captions(data)

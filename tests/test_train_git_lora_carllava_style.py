@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.nn import functional as F
 
+import checks
 import GitText2ActionWithPrompt as model_file
 import train_git_lora_carllava_style as stage2
 
@@ -72,11 +73,11 @@ def test_the_sample_is_refused(tmp_path, constants):
     for split in ("train", "validation"):
         write_split(tmp_path / split, ["Brake", "Accelerate"])
     constants(stage2, DATA_DIR=str(tmp_path))
-    with pytest.raises(model_file.BadInput, match="only the shipped sample: run collect_captions.py"):
+    with pytest.raises(checks.BadInput, match="only the shipped sample: run collect_captions.py"):
         stage2.main()
     (tmp_path / "run.json").write_text('{"frame_skip": 4}')
     constants(stage2, MIN_FRAMES=1)
-    with pytest.raises(model_file.BadInput, match="FRAME_SKIP = 4"):
+    with pytest.raises(checks.BadInput, match="FRAME_SKIP = 4"):
         stage2.main()
 
 

@@ -49,7 +49,7 @@ def main(folder, base, resume, kill):
     if kill == "log":
         write, ppo.Log.write = ppo.Log.write, lambda log, row: (write(log, row), "approx_kl" in row and row["update"] == 2 and die())  # fmt: skip
     if kill == "state":
-        write = ppo.model_file.write_file
+        write = ppo.checks.write_file
 
         def write_half(path, content):
             if Path(path).name == "state.pt":
@@ -60,7 +60,7 @@ def main(folder, base, resume, kill):
         save = ppo.save_state
 
         def save_or_die(path, state):
-            ppo.model_file.write_file = write_half if state["update"] == 3 else write
+            ppo.checks.write_file = write_half if state["update"] == 3 else write
             save(path, state)
 
         ppo.save_state = save_or_die
@@ -82,7 +82,7 @@ def main(folder, base, resume, kill):
     if kill == "nan":
         gae = ppo.compute_gae
         ppo.compute_gae = die_at_call(3, gae, lambda *args: [x * float("nan") for x in gae(*args)])
-    ppo.model_file.run(ppo.main)
+    ppo.checks.run(ppo.main)
 
 
 if __name__ == "__main__":
