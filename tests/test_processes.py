@@ -75,6 +75,7 @@ def test_a_killed_process_ends_the_run_with_an_error(toy_base, tmp_path):
 
 
 def test_two_processes_fine_tune(toy_base, tmp_path):
+    toy_lora.write_data(tmp_path / "data")
     finished = run(TORCHRUN, toy_lora, tmp_path, toy_base, "", "")
     assert finished.returncode == 0, finished.stderr
     log = draw_results.read_log(tmp_path / "results" / "lora_log.csv")

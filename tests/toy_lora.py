@@ -20,9 +20,10 @@ KILLS = ("step", "checkpoint")
 answers = list(stage2.model_file.ANSWERS)
 
 
-def write_data(folder, counts):
+def write_data(folder):
+    """Noise with answers; under torchrun written before the processes start."""
     rng = np.random.default_rng(0)
-    for split, count in counts.items():
+    for split, count in {"train": 40, "validation": 10}.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         rows = []
         for i in range(count):
@@ -34,7 +35,8 @@ def write_data(folder, counts):
 
 def main(folder, base, resume, kill):
     folder = Path(folder)
-    write_data(folder / "data", {"train": 40, "validation": 10})
+    if not (folder / "data" / "run.json").exists():
+        write_data(folder / "data")
     stage2.BASE_MODEL, stage2.DATA_DIR, stage2.OUTPUT_DIR = base, str(folder / "data"), str(folder / "adapter")
     stage2.RESULTS_DIR, stage2.CHECKPOINT_DIR = str(folder / "results"), str(folder / "checkpoints")
     stage2.MIN_FRAMES, stage2.EPOCHS, stage2.BATCH_SIZE, stage2.LORA_RANK, stage2.LORA_DROPOUT = 1, 3, 8, 4, 0.1
