@@ -585,7 +585,9 @@ def main():
             total = evaluate.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
             print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues after the last update")
+        print(
+            "\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues after the last update"
+        )
     except (EOFError, ConnectionError):
         raise checks.BadInput(
             "a simulator's process ended (killed, or out of memory?): RESUME = True continues after the last update; "
