@@ -12,9 +12,10 @@ import gymnasium as gym
 import numpy as np
 import pygame
 from gymnasium.envs.box2d import car_racing as stock
-from pygame import gfxdraw
 from pygame.surfarray import pixels2d
 from pygame.transform import smoothscale
+
+from rasterizer import draw_polygons
 
 ENV_ID = "CarRacing-v3"
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
@@ -41,9 +42,9 @@ GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in
 class FastCarRacing(stock.CarRacing):
     """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
 
-    The stock class transforms some 700 polygons a frame in Python, of which about 20 are visible. Here numpy transforms
-    and culls them all at once and the visible ones go to the same pygame calls. The picture is narrowed before it
-    is flipped, since narrowing works row by row; surfaces and score texts are kept.
+    The stock class transforms some 700 polygons a frame in Python, and pygame draws the visible 20 pixel by pixel; here
+    `rasterizer.py` does both. The picture is narrowed before it is flipped, since narrowing works row by row; surfaces
+    and score texts are kept.
 
     Set `drawing = False` to leave frames undrawn: `step` then returns None as observation, and `draw()` makes up
     for the last one.
@@ -63,9 +64,14 @@ class FastCarRacing(stock.CarRacing):
     def _create_track(self):
         if not super()._create_track():
             return False
-        road = np.array([polygon for polygon, _ in self.road_poly], dtype=np.float64)
-        self._polygons = np.concatenate([GRASS_SQUARES, road])
-        self._centers = self._polygons.mean(1)
+        polygons, colors = zip(*self.road_poly)
+        self._polygons = np.concatenate([GRASS_SQUARES, np.array(polygons, dtype=np.float64)])
+        self._colors = np.concatenate([np.tile(self.grass_color, (len(GRASS_SQUARES), 1)), colors]).astype(np.float64)
+        # a visited tile changes its colour in place: from now on in this array
+        rows = dict(zip(map(id, colors), self._colors[len(GRASS_SQUARES) :]))
+        for tile in self.road:
+            tile.color = rows[id(tile.color)]
+        self.road_poly = list(zip(polygons, self._colors[len(GRASS_SQUARES) :]))
         return True
 
     def _render(self, mode):
@@ -124,22 +130,8 @@ class FastCarRacing(stock.CarRacing):
             field = [(stock.PLAYFIELD * x, stock.PLAYFIELD * y) for x, y in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
             self._draw_colored_polygon(self.surf, field, self.bg_color, zoom, translation, angle, clip=False)
 
-        offset = self._centers - position
-        reach += stock.GRASS_DIM  # nothing is wider than a grass square
-        near = np.flatnonzero(np.einsum("ij,ij->i", offset, offset) < reach**2)
         cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
-        x, y = np.moveaxis(self._polygons[near], -1, 0)
-        points = np.stack(
-            [(cos * x - sin * y) * zoom + translation[0], (sin * x + cos * y) * zoom + translation[1]], axis=-1
-        )
-        visible = (points.max(1) > -2) & (points.min(1) < (stock.WINDOW_W + 2, stock.WINDOW_H + 2))
-        for i in np.flatnonzero(visible.all(1)):
-            road = near[i] - len(GRASS_SQUARES)
-            # tile colours change in place when a tile is visited, so they are read now
-            color = [int(c) for c in (self.grass_color if road < 0 else self.road_poly[road][1])]
-            corners = points[i].tolist()
-            gfxdraw.aapolygon(self.surf, corners, color)
-            gfxdraw.filled_polygon(self.surf, corners, color)
+        draw_polygons(pixels2d(self.surf).T, self._polygons, self._colors, zoom, cos, sin, *translation)
 
 
 class FrameSkip(gym.Wrapper):
