@@ -33,6 +33,7 @@ LAP_BONUS = 100.0  # reward added by a finished lap: about what driving on would
 
 
 BAR = stock.WINDOW_H // 8  # rows of the window that the instruments cover
+FIELD = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
 GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in the order the stock class draws them
     [[(x + 1, y), (x, y), (x, y + 1), (x + 1, y + 1)] for x in range(-20, 20, 2) for y in range(-20, 20, 2)],
     dtype=np.float64,
@@ -65,13 +66,15 @@ class FastCarRacing(stock.CarRacing):
         if not super()._create_track():
             return False
         polygons, colors = zip(*self.road_poly)
-        self._polygons = np.concatenate([GRASS_SQUARES, np.array(polygons, dtype=np.float64)])
-        self._colors = np.concatenate([np.tile(self.grass_color, (len(GRASS_SQUARES), 1)), colors]).astype(np.float64)
-        # a visited tile changes its colour in place: from now on in this array
-        rows = dict(zip(map(id, colors), self._colors[len(GRASS_SQUARES) :]))
+        self._polygons = np.concatenate([FIELD, GRASS_SQUARES, np.array(polygons, dtype=np.float64)])
+        grass = np.tile(self.grass_color, (len(GRASS_SQUARES), 1))
+        self._colors = np.concatenate([[self.bg_color], grass, colors]).astype(np.float64)
+        # a visited tile changes its colour in place: from now on in a row of this array
+        rows = self._colors[-len(colors) :]
+        views = dict(zip(map(id, colors), rows))
         for tile in self.road:
-            tile.color = rows[id(tile.color)]
-        self.road_poly = list(zip(polygons, self._colors[len(GRASS_SQUARES) :]))
+            tile.color = views[id(tile.color)]
+        self.road_poly = list(zip(polygons, rows))
         return True
 
     def _render(self, mode):
@@ -86,17 +89,22 @@ class FastCarRacing(stock.CarRacing):
         angle, (x, y) = -self.car.hull.angle, self.car.hull.position
         scroll = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
         translation = (stock.WINDOW_W / 2 + scroll[0], stock.WINDOW_H / 4 + scroll[1])
-        self.surf = scene
-        self._render_road(zoom, translation, angle)
+        cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
+
+        reach = math.hypot(stock.WINDOW_W / 2, 0.75 * stock.WINDOW_H) / zoom  # from the car to the farthest corner
+        inside = max(abs(x), abs(y)) + reach < stock.PLAYFIELD
+        background = scene.map_rgb([int(c) for c in self.bg_color]) if inside else 0
+        world = self._polygons[inside:], self._colors[inside:]  # inside, the field is the background
+        draw_polygons(pixels2d(scene).T, background, *world, zoom, cos, sin, *translation)
         self.car.draw(scene, zoom, translation, angle, draw_particles=False)
+        rows = stock.WINDOW_H - BAR
+        smoothscale(scene.subsurface((0, BAR, stock.WINDOW_W, rows)), upside_down.get_size(), upside_down)
+
         self.surf = instruments
         self._render_indicators(stock.WINDOW_W, stock.WINDOW_H)
         text = self._score_text(f"{self.reward:04.0f}")
         instruments.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
-
-        rows = stock.WINDOW_H - BAR
-        smoothscale(scene.subsurface((0, BAR, stock.WINDOW_W, rows)), (stock.STATE_W, rows), upside_down)
-        smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), (stock.STATE_W, BAR), bar)
+        smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), bar.get_size(), bar)
         np.copyto(pixels2d(narrow)[:, :rows], pixels2d(upside_down)[:, ::-1])
         return self._create_image_array(narrow, (stock.STATE_W, stock.STATE_H))
 
@@ -119,19 +127,6 @@ class FastCarRacing(stock.CarRacing):
             font = pygame.font.Font(pygame.font.get_default_font(), 42)
             self._scores[score] = font.render(score, True, (255, 255, 255), (0, 0, 0))
         return self._scores[score]
-
-    def _render_road(self, zoom, translation, angle):
-        position = np.array(self.car.hull.position)
-        reach = math.hypot(stock.WINDOW_W / 2, 0.75 * stock.WINDOW_H) / zoom  # from the car to the farthest corner
-        if np.abs(position).max() + reach < stock.PLAYFIELD:
-            self.surf.fill([int(c) for c in self.bg_color])
-        else:
-            self.surf.fill(0)
-            field = [(stock.PLAYFIELD * x, stock.PLAYFIELD * y) for x, y in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
-            self._draw_colored_polygon(self.surf, field, self.bg_color, zoom, translation, angle, clip=False)
-
-        cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
-        draw_polygons(pixels2d(self.surf).T, self._polygons, self._colors, zoom, cos, sin, *translation)
 
 
 class FrameSkip(gym.Wrapper):

@@ -15,23 +15,26 @@ LEFT, RIGHT, BELOW, ABOVE = 1, 2, 4, 8
 
 
 @njit(cache=True)
-def draw_polygons(pixels, polygons, colors, zoom, cos, sin, shift_x, shift_y):
-    """Draw the polygons that the camera sees, in their order.
+def draw_polygons(pixels, background, polygons, colors, zoom, cos, sin, shift_x, shift_y):
+    """Draw what the camera sees of the polygons, in their order, over `background`.
 
     `pixels` is the window, uint32 (H, W), changed in place; `polygons` float64 (N, 4, 2) corners in the world, `colors`
     float64 (N, 3) in 0..255. The camera turns by `cos`, `sin`, multiplies by `zoom` and shifts by pixels.
     """
     height, width = pixels.shape
+    pixels[:] = background  # pygame's own fill would put the window out of the processor's cache
     x, y = np.empty(4, np.int64), np.empty(4, np.int64)
     for n in range(len(polygons)):
+        left, above, right, below = True, True, True, True
         for i in range(4):
-            px, py = polygons[n, i]
+            px, py = polygons[n, i, 0], polygons[n, i, 1]
             x[i] = int((cos * px - sin * py) * zoom + shift_x)
             y[i] = int((sin * px + cos * py) * zoom + shift_y)
-        if x.max() < -1 or y.max() < -1 or x.min() > width or y.min() > height:
+            left, right = left and x[i] < -1, right and x[i] > width
+            above, below = above and y[i] < -1, below and y[i] > height
+        if left or right or above or below:
             continue
-        r, g, b = colors[n]
-        color = np.uint32((int(r) << 16) | (int(g) << 8) | int(b))
+        color = np.uint32((int(colors[n, 0]) << 16) | (int(colors[n, 1]) << 8) | int(colors[n, 2]))
         for i in range(4):
             draw_edge(pixels, x[i], y[i], x[(i + 1) % 4], y[(i + 1) % 4], color)
         fill(pixels, x, y, color)
@@ -61,26 +64,22 @@ def fill(pixels, x, y, color):
             first, last = (crossings[i] + 1 + 32768) >> 16, (crossings[i + 1] - 1 + 32768) >> 16
             if first > last:
                 first, last = last, first
-            for column in range(max(first, 0), min(last + 1, width)):
+            for column in range(max(first, 0), min(last, width - 1) + 1):
                 pixels[row, column] = color
 
 
 @njit(cache=True)
 def draw_edge(pixels, x1, y1, x2, y2, color):
     """One antialiased line without its last pixel."""
-    height, width = pixels.shape
-    visible, x1, y1, x2, y2 = clip(x1, y1, x2, y2, width - 1, height - 1)
+    visible, x1, y1, x2, y2 = clip(x1, y1, x2, y2, pixels.shape[1] - 1, pixels.shape[0] - 1)
     if not visible:
         return
     pixels[y1, x1] = color
     if y1 > y2:
         x1, y1, x2, y2 = x2, y2, x1, y1
     dx, dy = x2 - x1, y2 - y1
-    if dx == 0:
-        pixels[y1 : y2 + 1, x1] = color
-        return
-    if dy == 0:
-        pixels[y1, min(x1, x2) : max(x1, x2) + 1] = color
+    if dx == 0 or dy == 0:
+        pixels[y1 : y2 + 1, min(x1, x2) : max(x1, x2) + 1] = color
         return
     step = 1 if dx > 0 else -1
     dx = abs(dx)
@@ -109,7 +108,7 @@ def draw_edge(pixels, x1, y1, x2, y2, color):
 @njit(cache=True)
 def blend(pixels, x, y, color, weight):
     """Mix `color` into one pixel, weight 0..255, rounding each channel down."""
-    if x < 0 or y < 0 or x >= pixels.shape[1] or y >= pixels.shape[0]:
+    if x < 0 or y < 0 or y >= pixels.shape[0] or x >= pixels.shape[1]:
         return
     old, new = np.int64(pixels[y, x]), np.int64(color)
     alpha = 255 * weight >> 8
