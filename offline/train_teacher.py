@@ -3,7 +3,7 @@
 Reads nothing. Writes offline/teacher.safetensors (the running average of the actor's weights, not the best of many
 evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run goes on.
 
-    python -m offline.train_teacher      # 35 minutes on two CPU cores
+    python -m offline.train_teacher      # 39 minutes on two CPU cores
 
 The actor sees the car and 12 tiles of road; the critic alone also sees time, visited share and missed tiles. Each worker
 process rolls out its environments with its own copy of the policy, so that no step crosses a process border.
