@@ -106,7 +106,12 @@ def load_driver(name):
 
 def driver_files():
     """Where the driver's weights come from, and a hash of them."""
-    files = {"policy": (POLICY, "policy.safetensors"), "answers": (ADAPTER, "adapter_model.safetensors")}
+    teacher = Path(collect_captions.TEACHER)
+    files = {
+        "teacher": (str(teacher.parent), teacher.name),
+        "policy": (POLICY, "policy.safetensors"),
+        "answers": (ADAPTER, "adapter_model.safetensors"),
+    }
     if DRIVER not in files:
         return {}
     folder, name = files[DRIVER]
@@ -137,7 +142,8 @@ def make_eval_env(frame_skip, **kwargs):
 def evaluate(driver, tracks, num_envs, progress=True):
     """Drive each track once; returns a list of `{"track_seed", "return", "frames", "end"}` in the order of `tracks`.
 
-    `driver` maps frames uint8 (N, 96, 96, 3) and the vector environment's infos to N simulator actions.
+    `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only for
+    environments whose track is not driven yet.
     """
     tracks = list(tracks)
     num_envs = min(num_envs, len(tracks))
@@ -151,7 +157,10 @@ def evaluate(driver, tracks, num_envs, progress=True):
         obs, infos = envs.reset(seed=current)
         with tqdm(total=len(tracks), unit="track", disable=not progress, leave=False) as bar:
             while len(results) < len(tracks):
-                obs, rewards, terminated, truncated, infos = envs.step(driver(obs, infos))
+                to_drive = np.array([track not in results for track in current])
+                actions = np.zeros(num_envs, dtype=np.int64)
+                actions[to_drive] = driver(obs[to_drive], {"state": infos["state"][to_drive]})
+                obs, rewards, terminated, truncated, infos = envs.step(actions)
                 returns += rewards
                 frames += car_racing_env.FRAME_SKIP
                 done = terminated | truncated
@@ -167,7 +176,7 @@ def evaluate(driver, tracks, num_envs, progress=True):
                         }  # fmt: skip
                         bar.update()
                         bar.set_postfix(mean=f"{np.mean([r['return'] for r in results.values()]):.1f}")
-                    # a finished environment without a track left drives its last one again, unrecorded
+                    # a finished environment without a track left idles on its last one
                     current[i] = waiting.pop(0) if waiting else current[i]
                     returns[i], frames[i] = 0.0, 0
                 seeds = [track if done[i] else None for i, track in enumerate(current)]

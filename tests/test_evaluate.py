@@ -24,8 +24,11 @@ def test_results_do_not_depend_on_the_number_of_environments():
             total, end = total + reward, car_racing_env.episode_end(terminated, truncated, info)
         expected.append((track, pytest.approx(total), end))
     for num_envs in (1, 2):
-        results = evaluate.evaluate(teacher, [100_000, 100_001, 100_002], num_envs, progress=False)
+        asked = []
+        driver = lambda frames, infos: asked.append(len(frames)) or teacher(frames, infos)  # noqa: E731, B023
+        results = evaluate.evaluate(driver, [100_000, 100_001, 100_002], num_envs, progress=False)
         assert [(r["track_seed"], r["return"], r["end"]) for r in results] == expected
+        assert sum(asked) == sum(-(-r["frames"] // 2) for r in results)
 
 
 def test_summary_of_known_returns():
