@@ -32,10 +32,8 @@ def constants(monkeypatch):
     return set_for_test
 
 
-@pytest.fixture(scope="session")
-def toy_base(tmp_path_factory):
+def make_toy_base(folder):
     """A GIT of 16 patches and width 32, untrained, saved in the Hub's layout."""
-    folder = tmp_path_factory.mktemp("toy") / "git-toy"
     old = set_constants(make_git_tiny, PATCH_SIZE=24, WIDTH=32, VISION_LAYERS=1, TEXT_LAYERS=2, HEADS=2)
     torch.manual_seed(0)
     processor = make_git_tiny.make_processor([{"How fast is the car?": "zero"}])
@@ -43,6 +41,11 @@ def toy_base(tmp_path_factory):
     processor.save_pretrained(folder)
     set_constants(make_git_tiny, **old)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory):
+    return make_toy_base(tmp_path_factory.mktemp("toy") / "git-toy")
 
 
 @pytest.fixture

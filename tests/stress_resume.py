@@ -17,28 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from conftest import make_toy_base  # noqa: E402
+
 import collect_captions  # noqa: E402
-from offline import make_git_tiny  # noqa: E402
 
 SEED = 0
 KILLS = 20
 SCRIPT = ROOT / "tests" / "toy_ppo.py"
 OUTPUT = ROOT / "tests" / "stress_resume.json"
-
-
-def make_base(folder):
-    """An untrained GIT of 16 patches, as the suite's `toy_base`."""
-    make_git_tiny.PATCH_SIZE, make_git_tiny.WIDTH, make_git_tiny.HEADS = 24, 32, 2
-    make_git_tiny.VISION_LAYERS, make_git_tiny.TEXT_LAYERS = 1, 2
-    torch.manual_seed(0)
-    processor = make_git_tiny.make_processor([{"How fast is the car?": "zero"}])
-    make_git_tiny.make_model(processor.tokenizer).save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def run(folder, base, kill_after=None):
@@ -59,7 +48,7 @@ def main():
     rng = random.Random(SEED)
     with tempfile.TemporaryDirectory() as root:
         base, alone = Path(root) / "base", Path(root) / "alone"
-        make_base(base)
+        make_toy_base(base)
         alone.mkdir()
         began = time.time()
         assert run(alone, base)
