@@ -21,6 +21,21 @@ def test_driver_table(mean, std, file):
     assert (float(mean), float(std)) == (round(facts["mean"], 1), round(facts["std"], 1))
 
 
+def test_prompt_table():
+    results = json.loads((ROOT / "benchmarks" / "prompts.json").read_text())["prompts"]
+    for row in results.values():
+        scores = " | ".join(f"{row[name]['mean']:.1f} ± {row[name]['std']:.1f}" for name in ("answers", "policy"))
+        cells = f"| {row['exact_answers']:.1%} | {row['unparsable_share']:.1%} | ".replace("%", " %")
+        assert f'| "{row["prompt"]}" {cells}{scores} |' in README
+
+
+def test_shift_table():
+    results = json.loads((ROOT / "benchmarks" / "shifts.json").read_text())["shifts"]
+    for name, row in results.items():
+        scores = " | ".join(f"{row[name]['mean']:.1f} ± {row[name]['std']:.1f}" for name in ("answers", "policy"))
+        assert f"| {scores} |" in README, name
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", README):
         assert (ROOT / target).exists(), target
