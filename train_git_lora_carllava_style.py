@@ -12,6 +12,7 @@ Then: python ppo_git_with_prompt.py
 """
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from PIL import Image
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -126,6 +128,21 @@ class Collator:
             "input_ids": self.input_ids[answers],
             "labels": self.labels[answers],
         }
+
+
+def multiply_once(git):
+    """Let each LoRA layer of a PEFT model multiply by W + scaling B A instead of by W, A and B in turn: a fifth faster.
+
+    The same function and gradients as PEFT's as long as LORA_DROPOUT is 0; saving and merging do not notice.
+    """
+
+    def forward(layer, x):
+        weight = layer.base_layer.weight + layer.get_delta_weight("default")
+        return F.linear(x, weight, layer.base_layer.bias)
+
+    for layer in git.modules():
+        if isinstance(layer, LoraLinear):
+            layer.forward = functools.partial(forward, layer)
 
 
 @torch.no_grad()
@@ -322,6 +339,8 @@ def main():
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
     )
     git = get_peft_model(git, config)
+    if not LORA_DROPOUT:
+        multiply_once(git)
     trainable, total = git.get_nb_trainable_parameters()
     if first_process:
         print(

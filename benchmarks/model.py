@@ -8,12 +8,13 @@ Reads offline/git-tiny, the adapter and CarRacing-Data/. Writes its claims to be
 
 import copy
 import functools
+import tempfile
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import GitConfig, GitForCausalLM
+from transformers import GitConfig, GitForCausalLM, Trainer, TrainingArguments
 
 import collect_captions
 import evaluate
@@ -22,7 +23,7 @@ import train_git_lora_carllava_style as stage2
 from benchmarks import compare
 
 BATCHES = (8, 1)
-LORA_BATCH = 32  # of the shipped sample
+LORA_BATCH = 32
 
 
 def load_frames(count):
@@ -88,34 +89,55 @@ def git_of_base_size(image_size):
     return GitForCausalLM(GitConfig(vision_config={"image_size": image_size})).eval()
 
 
-def compare_lora_epoch(model):
-    """Forward and backward of LoRA over the same batches, ours with the batched preprocessing, theirs per sample."""
-    rows = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / "train")
-    rows = [rows[i] for i in range(LORA_BATCH)]
-    git, processor = model_file.load_base(stage2.BASE_MODEL)
-    lora = LoraConfig(r=stage2.LORA_RANK, lora_alpha=stage2.LORA_ALPHA, target_modules=model_file.LORA_TARGETS)
-    git = get_peft_model(git, lora).train()
-    collate, tokenizer = stage2.Collator(processor), processor.tokenizer
-    answers = list(model_file.ANSWERS)
+class PerSample(torch.utils.data.Dataset):
+    """Captions as a tutorial feeds them: the processor on every sample, labels from the padded text."""
 
-    def step(batch):
-        git(**batch).loss.backward()
-        return LORA_BATCH
+    def __init__(self, captions, processor):
+        self.captions, self.processor = captions, processor
+        self.texts = [model_file.PROMPT + " " + answer for answer in model_file.ANSWERS]
+        self.length = max(len(ids) for ids in processor.tokenizer(self.texts).input_ids)
 
-    @torch.enable_grad()
-    def peer():
-        texts = [model_file.PROMPT + " " + answers[answer] for _, answer in rows]
-        features = [processor(images=frame, text=text, return_tensors="pt") for (frame, _), text in zip(rows, texts)]
-        padded = tokenizer.pad([{"input_ids": f["input_ids"][0]} for f in features], return_tensors="pt")
-        labels = padded.input_ids.masked_fill(padded.attention_mask == 0, -100)
-        pixels = torch.cat([f["pixel_values"] for f in features])
-        return step({"pixel_values": pixels, **padded, "labels": labels})
+    def __len__(self):
+        return len(self.captions)
 
-    @torch.enable_grad()
-    def ours():
-        return step(collate(rows))
+    def __getitem__(self, index):
+        frame, answer = self.captions[index]
+        row = self.processor(
+            images=frame, text=self.texts[answer], padding="max_length", max_length=self.length, return_tensors="pt"
+        )
+        labels = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+        return {key: x[0] for key, x in {**row, "labels": labels}.items()}
 
-    compare.alternate("LoRA step: ours vs processor per sample", "sample", peer, ours)
+
+@torch.enable_grad()
+def compare_lora_epoch():
+    """One epoch of `Trainer` over the shipped sample, with the same LoRA."""
+    captions = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / "train")
+
+    def trainer(ours):
+        torch.manual_seed(0)
+        git, processor = model_file.load_base(stage2.BASE_MODEL)
+        config = LoraConfig(r=stage2.LORA_RANK, lora_alpha=stage2.LORA_ALPHA, target_modules=model_file.LORA_TARGETS)
+        git = get_peft_model(git, config)
+        if ours:
+            stage2.multiply_once(git)
+        arguments = TrainingArguments(
+            num_train_epochs=1, per_device_train_batch_size=LORA_BATCH, learning_rate=stage2.LEARNING_RATE,
+            use_cpu=True, remove_unused_columns=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            output_dir=tempfile.mkdtemp(),
+        )  # fmt: skip
+        data, collator = (captions, stage2.Collator(processor)) if ours else (PerSample(captions, processor), None)
+        return Trainer(git, arguments, data_collator=collator, train_dataset=data)
+
+    def epoch(trainer):
+        trainer.train()
+        return len(captions)
+
+    peer, ours = trainer(False), trainer(True)
+    compare.alternate(
+        "LoRA epoch: ours vs Trainer with the processor per sample", "sample",
+        lambda: epoch(peer), lambda: epoch(ours),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -128,7 +150,7 @@ def main():
         frames = load_frames(batch)
         compare_forward(f"policy forward, git-tiny, batch {batch}", git, model, frames, 80 // batch)
         compare_answer(f"answer, git-tiny, batch {batch}, vs generate", git, model, frames)
-    compare_lora_epoch(model)
+    compare_lora_epoch()
 
     processor = copy.deepcopy(model.processor)
     processor.image_processor.size = {"height": 224, "width": 224}

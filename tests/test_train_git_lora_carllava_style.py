@@ -69,6 +69,24 @@ def test_lora_reaches_every_part(toy_model, toy_base):
     assert parts_with_lora(toy_model) == parts - {"output"}
 
 
+def test_multiplying_once_is_peft(toy_base):
+    """Loss and gradients of PEFT's own layers, with B no longer zero."""
+    frames = torch.randint(0, 256, (4, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    results = []
+    for change in (lambda git: None, stage2.multiply_once):
+        torch.manual_seed(0)
+        git, processor = model_file.load_base(str(toy_base))
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=model_file.LORA_TARGETS, init_lora_weights=False)
+        git = get_peft_model(git, config)
+        change(git)
+        loss = git(**stage2.Collator(processor)(list(zip(frames.numpy(), range(4))))).loss
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in git.parameters() if p.requires_grad])
+    assert len(results[0]) > 20
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_the_sample_is_refused(tmp_path, constants):
     for split in ("train", "validation"):
         write_split(tmp_path / split, ["Brake", "Accelerate"])
