@@ -62,6 +62,12 @@ class FastCarRacing(stock.CarRacing):
         self.reward, self.drawing = reward, drawing
         return self.state
 
+    def render(self):
+        drawing, score, self.drawing = self.drawing, self._score, True
+        picture = super().render()
+        self.drawing, self._score = drawing, score
+        return picture
+
     def _create_track(self):
         if not super()._create_track():
             return False
@@ -111,7 +117,9 @@ class FastCarRacing(stock.CarRacing):
     @functools.cached_property
     def _surfaces(self):
         """The kept surfaces: fresh memory for each frame would cost more than drawing the car."""
-        scene, instruments = (pygame.Surface((stock.WINDOW_W, stock.WINDOW_H)) for _ in range(2))
+        masks = (0xFF0000, 0xFF00, 0xFF, 0)  # the rasteriser's, whatever format an open window has
+        scene = pygame.Surface((stock.WINDOW_W, stock.WINDOW_H), depth=32, masks=masks)
+        instruments = pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
         narrow = pygame.Surface((stock.STATE_W, stock.WINDOW_H))
         upside_down = pygame.Surface((stock.STATE_W, stock.WINDOW_H - BAR))
         bar = narrow.subsurface((0, stock.WINDOW_H - BAR, stock.STATE_W, BAR))
@@ -213,7 +221,7 @@ class TrainingRewards(gym.Wrapper):
 
     def snapshot(self):
         """What `resume_from` needs: the generator's state, the track, and the actions since its start."""
-        return {"rng": self.rng.bit_generator.state, "track_seed": self.track_seed, "actions": self.actions}
+        return {"rng": self.rng.bit_generator.state, "track_seed": self.track_seed, "actions": list(self.actions)}
 
     def step(self, action):
         self.actions.append(int(action))

@@ -65,7 +65,7 @@ class PrivilegedState(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
         self.track = np.array(self.unwrapped.track)  # (N, 4): alpha, heading, x, y
-        self.tile = 0  # the nearest one, followed along the road: tracks can pass close to themselves
+        self.tile = None  # the nearest one, followed along the road: tracks can pass close to themselves
         return obs, info | {"state": self.state()}
 
     def step(self, action):
@@ -79,7 +79,8 @@ class PrivilegedState(gym.Wrapper):
         sin, cos = np.sin(hull.angle), np.cos(hull.angle)
         to_car = np.array([[cos, -sin], [sin, cos]])  # columns: the car's right and forward
         position = np.array(hull.position)
-        near = np.arange(self.tile - 8, self.tile + 17) % len(self.track)
+        near = np.arange(len(self.track)) if self.tile is None else np.arange(self.tile - 8, self.tile + 17)
+        near %= len(self.track)
         self.tile = int(near[np.square(self.track[near, 2:] - position).sum(1).argmin()])
         _, heading, x, y = self.track[self.tile]
         ahead = (self.tile + 1 + np.arange(self.tiles_ahead)) % len(self.track)
@@ -274,7 +275,7 @@ def write_run(folder, script, began, facts):
 def run_facts():
     """Git commit (with "+" if the tree has changes), library versions and machine of this run."""
     git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT).stdout.strip()  # noqa: E731
-    packages = ["torch", "transformers", "peft", "gymnasium", "numpy", "pygame-ce"]
+    packages = ["torch", "transformers", "peft", "gymnasium", "numpy", "numba", "pygame-ce"]
     return {
         "git_commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

@@ -140,19 +140,19 @@ def make_eval_env(frame_skip, **kwargs):
 
 
 def evaluate(driver, tracks, num_envs, progress=True):
-    """Drive each track once; returns a list of `{"track_seed", "return", "frames", "end"}` in the order of `tracks`.
+    """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
     `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only for
     environments whose track is not driven yet.
     """
-    tracks = list(tracks)
+    tracks = list(dict.fromkeys(tracks))
     num_envs = min(num_envs, len(tracks))
     make = functools.partial(make_eval_env, car_racing_env.FRAME_SKIP)
     disabled = gym.vector.AutoresetMode.DISABLED
     envs = gym.vector.AsyncVectorEnv([make] * num_envs, autoreset_mode=disabled)
     results = {}
     waiting = tracks[num_envs:]
-    current, returns, frames = tracks[:num_envs], np.zeros(num_envs), np.zeros(num_envs, dtype=int)
+    current, returns = tracks[:num_envs], np.zeros(num_envs)
     try:
         obs, infos = envs.reset(seed=current)
         with tqdm(total=len(tracks), unit="track", disable=not progress, leave=False) as bar:
@@ -162,7 +162,6 @@ def evaluate(driver, tracks, num_envs, progress=True):
                 actions[to_drive] = driver(obs[to_drive], {"state": infos["state"][to_drive]})
                 obs, rewards, terminated, truncated, infos = envs.step(actions)
                 returns += rewards
-                frames += car_racing_env.FRAME_SKIP
                 done = terminated | truncated
                 if not done.any():
                     continue
@@ -170,15 +169,12 @@ def evaluate(driver, tracks, num_envs, progress=True):
                     if current[i] not in results:
                         info = {"lap_finished": bool(infos.get("lap_finished", np.zeros(num_envs))[i])}
                         end = car_racing_env.episode_end(terminated[i], truncated[i], info)
-                        length = min(int(frames[i]), car_racing_env.MAX_FRAMES)
-                        results[current[i]] = {
-                            "track_seed": current[i], "return": float(returns[i]), "frames": length, "end": end,
-                        }  # fmt: skip
+                        results[current[i]] = {"track_seed": current[i], "return": float(returns[i]), "end": end}
                         bar.update()
                         bar.set_postfix(mean=f"{np.mean([r['return'] for r in results.values()]):.1f}")
                     # a finished environment without a track left idles on its last one
                     current[i] = waiting.pop(0) if waiting else current[i]
-                    returns[i], frames[i] = 0.0, 0
+                    returns[i] = 0.0
                 seeds = [track if done[i] else None for i, track in enumerate(current)]
                 obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
                 infos["state"][done] = reset_infos["state"][done]

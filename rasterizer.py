@@ -3,7 +3,7 @@
 Reads and writes nothing, except numba's cache in __pycache__: the first call on a machine compiles for some seconds.
 
 CarRacing draws each polygon by `gfxdraw.aapolygon` and then `gfxdraw.filled_polygon` (SDL_gfx): edges after X. Wu ("An
-efficient antialiasing technique", SIGGRAPH 1991) in 32-bit fixed point, clipped to the window by Cohen and Sutherland's
+efficient antialiasing technique", SIGGRAPH 1991) in fixed point with fractions of 16 bits, clipped to the window by Cohen and Sutherland's
 method in single precision, then a scan-line fill. Here the same integers come out, without a function call, a format
 lookup and three masks per pixel. Colours are 0xRRGGBB.
 """
@@ -87,9 +87,8 @@ def draw_edge(pixels, x1, y1, x2, y2, color):
     slope = (dx << 16) // dy if steep else (dy << 16) // dx
     error = 0
     for _ in range((dy if steep else dx) - 1):
-        # the error turns over where the line enters the next pixel; a diagonal's turns over at each step
         error += slope
-        over = error >= 65536 or slope == 0
+        over = error >= 65536  # the line enters the next pixel
         error &= 65535
         if steep:
             y1 += 1
@@ -130,15 +129,15 @@ def clip(x1, y1, x2, y2, right, bottom):
             x1, y1, x2, y2, code1 = x2, y2, x1, y1, code2
         slope = np.float32(1)
         if x1 != x2:
-            slope = np.float32(np.float32(y2 - y1) / np.float32(x2 - x1))
+            slope = np.float32(y2 - y1) / np.float32(x2 - x1)
         if code1 & (LEFT | RIGHT):
             edge = 0 if code1 & LEFT else right
-            y1 += int(np.float32(np.float32(edge - x1) * slope))
+            y1 += int(np.float32(edge - x1) * slope)
             x1 = edge
         else:
             edge = bottom if code1 & BELOW else 0
             if x1 != x2:
-                x1 += int(np.float32(np.float32(edge - y1) / slope))
+                x1 += int(np.float32(edge - y1) / slope)
             y1 = edge
 
 

@@ -6,6 +6,7 @@ that the two agree. Writes benchmarks/agreement.json and agreement.png.
     python -m benchmarks.agreement      # 2 minutes on two CPU cores
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,15 @@ def agreement(said, done):
     return table
 
 
+def changes(said, done):
+    """How many decisions turned one answer into another action, the most frequent first."""
+    names = [*model_file.ANSWERS, "no answer"]
+    counts = Counter(f"{names[a]} -> {names[b]}" for a, b in zip(said, done) if a != b)
+    return dict(counts.most_common())
+
+
 def sheet(frames, path, columns=6, size=192):
-    """Evenly spread differing frames with "said -> done" below each."""
+    """PICTURES of the differing frames, evenly spread over the drive, with "said -> done" below each."""
     answers = [*model_file.ANSWERS, "no answer"]
     chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(PICTURES, len(frames))).astype(int)]
     rows = -(-len(chosen) // columns)
@@ -73,6 +81,7 @@ def main():
     results = {
         "before_ppo": agreement(watched.said, watched.before),
         "after_ppo": agreement(watched.said, watched.done),
+        "changes": changes(watched.said, watched.done),
         "score": evaluate.summarize(scores),
         "tracks": [TRACKS[0], TRACKS[-1]],
         "policy": POLICY,

@@ -1,11 +1,11 @@
-"""The irreducible part of the answers' errors: how often the teacher contradicts itself on frames that look alike.
+"""How much of the answers' errors is the teacher's: how often does it contradict itself on frames that look alike?
 
-The teacher answers from the simulator's state, which a frame does not show whole (the wheels' angle, how fast they spin). For
-each validation frame the nearest training frame is sought, by the mean absolute difference of grey levels. If two like
-frames get different answers in a share d of the cases, no reader of frames alone errs in less than about d / 2 of them.
-Writes benchmarks/contradiction.json.
+It answers from the simulator's state, which a frame does not show whole (the wheels' angle, how fast they spin). For each
+validation frame the nearest training frame is sought, by the root mean square difference of grey levels at half size. Were such
+pairs identical frames with two possible answers, a share d of contradictions would cost any reader of frames d / 2 at
+least; how far they are from identical stands beside. Writes benchmarks/contradiction.json.
 
-    python -m benchmarks.contradiction      # 4 minutes on two CPU cores, after collect_captions.py
+    python -m benchmarks.contradiction      # 2 minutes on two CPU cores, after collect_captions.py
 """
 
 from pathlib import Path
@@ -25,22 +25,26 @@ OUTPUT = Path(__file__).parent / "contradiction.json"
 
 
 def load(split):
-    """Grey frames, float32 (N, 2304) of 48 x 48 pixels, and answers, int64 (N,)."""
+    """The split, its frames in grey, float32 (N, 2304) of 48 x 48 pixels, and its answers, int64 (N,)."""
     data = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / split)
     frames, answers = [], []
     for frame, answer in tqdm((data[i] for i in range(len(data))), total=len(data), desc=split, leave=False):
         grey = torch.tensor(frame, dtype=torch.float32).mean(-1)
         frames.append(F.avg_pool2d(grey[None, None], 2).flatten())
         answers.append(answer)
-    return torch.stack(frames), torch.tensor(answers)
+    return data, torch.stack(frames), torch.tensor(answers)
 
 
 def main():
-    frames, answers = load("train")
-    seen, truth = load("validation")
-    distance, nearest = zip(*(torch.cdist(part, frames, p=1).min(1) for part in tqdm(seen.split(50), leave=False)))
-    distance, nearest = torch.cat(distance) / frames.shape[1], torch.cat(nearest)
+    _, frames, answers = load("train")
+    data, seen, truth = load("validation")
+    frames, seen = frames - frames.mean(0), seen - frames.mean(0)  # small numbers: `cdist` multiplies matrices
+    distance, nearest = zip(*(torch.cdist(part, frames).min(1) for part in tqdm(seen.split(100), leave=False)))
+    distance, nearest = torch.cat(distance) / frames.shape[1] ** 0.5, torch.cat(nearest)
     contradicts = answers[nearest] != truth
+    model, names = evaluate.load_answerer(evaluate.ADAPTER), list(model_file.ANSWERS)
+    said = [model.answer(np.stack([data[i][0] for i in rows])) for rows in torch.arange(len(data)).split(100)]
+    wrong = torch.tensor([text != names[i] for text, i in zip(sum(said, []), truth)])
     order, rows = distance.argsort(), []
     for share in NEAREST:
         pairs = order[: round(share * len(order))]
@@ -49,10 +53,10 @@ def main():
                 "pairs": len(pairs),
                 "largest_difference_in_grey_levels": round(distance[pairs].max().item(), 2),
                 "contradictions": round(contradicts[pairs].float().mean().item(), 4),
+                "adapter_errors": round(wrong[pairs].float().mean().item(), 4),
             }
         )
         print(rows[-1])
-    names = list(model_file.ANSWERS)
     by_answer = {
         names[i]: {"frames": int((truth == i).sum()), "contradicted": round(contradicts[truth == i].float().mean().item(), 4)}
         for i in np.unique(truth)

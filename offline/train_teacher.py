@@ -9,18 +9,20 @@ The actor sees the car and 12 tiles of road; the critic alone also sees time, vi
 process rolls out its environments with its own copy of the policy, so that no step crosses a process border.
 """
 
+import contextlib
 import multiprocessing
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import car_racing_env
+import checks
 import collect_captions
 import ppo_git_with_prompt as ppo
 
@@ -69,13 +71,10 @@ class Critic(nn.Module):
         return self.net(state)[:, 0]
 
 
-def start_worker(rank, counter, seed):
+def start_worker(rank, seed):
     """Build this process's environments."""
     global ENVS, EVAL_ENV, OBS
     torch.set_num_threads(1)
-    with counter.get_lock():
-        rank = counter.value
-        counter.value += 1
     torch.manual_seed(seed * 1000 + rank)
     ENVS = []
     for i in range(ENVS_PER_WORKER):
@@ -188,15 +187,20 @@ def main():
     log = ppo.Log(OUTPUT.with_name("teacher_log.csv"), first - 1 if first > 1 else None)
     bar = tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update")
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
     began = time.time() - seconds
-    with context.Pool(NUM_WORKERS, start_worker, (0, counter, SEED + 7919 * (first - 1))) as pool:
+    with contextlib.ExitStack() as stack:
+        # a pool for each worker: a shared one would let them swap environments between updates
+        pools = [
+            stack.enter_context(context.Pool(1, start_worker, (rank, SEED + 7919 * (first - 1))))
+            for rank in range(NUM_WORKERS)
+        ]
         for update in bar:
             weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in (actor, critic)]
-            results = pool.map(rollout, [weights] * NUM_WORKERS, chunksize=1)
+            running = [pool.apply_async(rollout, (weights,)) for pool in pools]
+            results = [result.get() for result in running]
             episodes = [e for _, done in results for e in done]
             data = {k: torch.from_numpy(np.concatenate([d[k] for d, _ in results], 1)) for k in results[0][0]}
-            reward = torch.stack([normalizer(*step) for step in zip(data["reward"], data["terminated"])])
+            reward = torch.stack([normalizer(*step) for step in zip(data["reward"], data["done"])])
             advantage, returns = ppo.compute_gae(
                 reward, data["value"], data["next_value"], data["terminated"], data["done"], GAMMA, GAE_LAMBDA
             )
@@ -231,7 +235,9 @@ def main():
             row |= dict.fromkeys(("eval_mean", "eval_std", "eval_min", "eval_laps"), float("nan"))
             if update % EVAL_EVERY == 0 or update == TOTAL_UPDATES:
                 weights = {k: v.clone() for k, v in average.module.state_dict().items()}
-                scores, ends = zip(*pool.map(drive, [(weights, track) for track in EVAL_TRACKS], chunksize=5))
+                jobs = [(weights, track) for track in EVAL_TRACKS]
+                running = [pool.map_async(drive, jobs[i::NUM_WORKERS]) for i, pool in enumerate(pools)]
+                scores, ends = zip(*(score for result in running for score in result.get()))
                 row |= {
                     "eval_mean": np.mean(scores), "eval_std": np.std(scores), "eval_min": np.min(scores),
                     "eval_laps": np.mean([e == "lap" for e in ends]),
@@ -241,7 +247,7 @@ def main():
                     "eval_mean": f"{np.mean(scores):.1f}",
                     "eval_std": f"{np.std(scores):.1f}",
                 }
-                save_file(weights, OUTPUT, metadata)
+                checks.write_file(OUTPUT, save(weights, metadata))
                 torch.save(
                     {
                         "actor": actor.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),

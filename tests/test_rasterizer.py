@@ -10,7 +10,7 @@ from rasterizer import draw_polygons
 WIDTH, HEIGHT = 1000, 800
 
 
-@pytest.mark.parametrize("size", [4, 30, 200, 1500, 4000])
+@pytest.mark.parametrize("size", [4, 30, 200, 1500, 4000, 14_000])
 @pytest.mark.parametrize("seed", range(5))
 def test_random_quadrilaterals(size, seed):
     """Inside, across and outside the window; convex and crossing themselves; level, upright and diagonal edges."""
