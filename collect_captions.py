@@ -295,6 +295,7 @@ def main():
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")
     load_drivers()  # what is missing fails here, not in a worker
+    facts["teacher_hash"] = checks.file_hash(ROOT / TEACHER)
     driver = "the teacher" if POLICY == "teacher" else f"the policy in {POLICY}/"
     print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/")
     if (output / "metadata.jsonl").exists() or (output / "train").exists():

@@ -334,7 +334,9 @@ def main():
     git, processor = model_file.load_base(BASE_MODEL)
     base_fingerprint = model_file.fingerprint(git)
     first_process = int(os.environ.get("RANK", 0)) == 0  # torchrun's
-    checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, run_identity(base_fingerprint), first_process)
+    identity = run_identity(base_fingerprint)
+    facts["data_hash"] = identity["data"]
+    checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, identity, first_process)
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
     )

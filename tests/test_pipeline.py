@@ -11,6 +11,7 @@ from PIL import Image
 
 import car_racing_env
 import checks
+import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
 
@@ -48,6 +49,9 @@ def test_folders_have_cards_and_run_files(pipeline):
     for folder in (pipeline.data, pipeline.adapter, pipeline.results):
         run = json.loads((folder / "run.json").read_text())
         assert run["frame_skip"] == 2 and run["versions"]["torch"] and run["constants"]
+    made_from = [json.loads((folder / "run.json").read_text()) for folder in (pipeline.data, pipeline.adapter)]
+    assert made_from[0]["teacher_hash"] == checks.file_hash(collect_captions.ROOT / collect_captions.TEACHER)
+    assert made_from[1]["data_hash"] == checks.file_hash(pipeline.data / "train" / "metadata.jsonl")
     assert "PeftModel" in (pipeline.adapter / "README.md").read_text()
 
 
