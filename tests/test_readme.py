@@ -36,6 +36,29 @@ def test_shift_table():
         assert f"| {scores} |" in README, name
 
 
+def test_agreement():
+    facts = json.loads((ROOT / "benchmarks" / "agreement.json").read_text())
+    after, changes = facts["after_ppo"], facts["changes"]
+    brakes = sum(count for name, count in changes.items() if name.endswith("-> Brake"))
+    text = " ".join(README.split())
+    assert (
+        f"{after['all']['agreement']:.1%}".replace("%", " %") + f" of the {after['all']['decisions']:,} decisions"
+        in text
+    )
+    assert f"Of the {sum(changes.values())} others {brakes} brake" in text
+
+
+def test_speed_table():
+    """Each ratio in the table is one of the benchmarks' medians."""
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    medians = {f"{row['median_ratio']:g}" for row in results.values()}
+    table = README[README.index("| times as fast |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 8
+    for line in table:
+        for ratio in line.split("|")[-2].split("/"):
+            assert ratio.strip() in medians, line
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", README):
         assert (ROOT / target).exists(), target
