@@ -64,10 +64,12 @@ def sized(model, width):
     else:
         for part in (config, config.vision_config):
             part.hidden_size, part.intermediate_size = width, 4 * width
+    for part in (config, config.vision_config):
+        part._attn_implementation = "eager"
     torch.manual_seed(0)
-    return model_file.GitText2ActionWithPrompt(
-        GitForCausalLM(config).eval().requires_grad_(False), copy.deepcopy(model.processor)
-    )
+    git = GitForCausalLM(config).eval().requires_grad_(False)
+    git.git.image_encoder.config._attn_implementation = "sdpa"  # as `load_base` sets it
+    return model_file.GitText2ActionWithPrompt(git, copy.deepcopy(model.processor))
 
 
 def main():
