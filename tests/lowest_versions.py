@@ -1,7 +1,7 @@
-"""The suite with the lowest versions that requirements.txt allows: not part of the default run, its last result is in
-lowest_versions.json. The highest are what a fresh installation, and so every other run of the suite, has.
+"""The suite with the lowest versions that requirements.txt allows, not part of the default run. The highest are what a
+fresh installation, and so every other run of the suite, has. Writes tests/lowest_versions.json if it passes.
 
-    python tests/lowest_versions.py [pytest's arguments]      # 12 minutes on two CPU cores
+    python tests/lowest_versions.py [pytest's arguments]
 """
 
 import json
