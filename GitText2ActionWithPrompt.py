@@ -2,8 +2,7 @@
 
 Reads a GIT base and (optionally) a LoRA adapter and a policy folder; writes a policy folder. Shared by every script.
 
-GIT reads the image rows first and then the text, causally; image rows never see the text. So one pass of the image
-through the decoder gives keys and values that any text can attend to: `see` computes them, `read` uses them.
+The backbone's forward pass itself is in git_forward.py.
 """
 
 import hashlib
@@ -18,9 +17,9 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoProcessor
-from transformers.activations import QuickGELUActivation
 
 import checks
+import git_forward
 
 ROOT = Path(__file__).resolve().parent
 
@@ -56,20 +55,25 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def preprocess(frames, image_processor):
-    """Frames as GIT wants them, in one batched step that fine-tuning and driving share.
-
-    `frames` uint8 (B, H, W, 3), numpy or torch -> float32 (B, 3, S, S), S the processor's size, normalised with its mean
-    and standard deviation; equal to the processor itself where no resizing is needed.
-    """
+def resize(frames, image_processor):
+    """Frames uint8 (B, H, W, 3), numpy or torch, at the size that GIT wants: pixels 0 to 255, float32 (B, 3, S, S)."""
     frames = torch.as_tensor(frames)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise checks.BadInput(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
     size = image_processor.size
     size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
-    pixels = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = frames.permute(0, 3, 1, 2).float()
     if pixels.shape[-2:] != size:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
+    return pixels
+
+
+def preprocess(frames, image_processor):
+    """What the processor makes of frames uint8 (B, H, W, 3), in one batched step: float32 (B, 3, S, S), normalised.
+
+    Equal to the processor itself where no resizing is needed. Fine-tuning takes it; driving has it in the weights.
+    """
+    pixels = resize(frames, image_processor).contiguous()
     mean, std = (
         torch.tensor(x, dtype=torch.float32, device=pixels.device)[:, None, None]
         for x in (image_processor.image_mean, image_processor.image_std)
@@ -167,6 +171,7 @@ class GitText2ActionWithPrompt(nn.Module):
     def __init__(self, git, processor):
         super().__init__()
         self.git, self.processor, self.has_lora = git, processor, False
+        self._frozen = {}
         tokenizer = processor.tokenizer
         self.prompt, self.answers = prompt_ids(tokenizer), answer_ids(tokenizer)
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
@@ -196,7 +201,6 @@ class GitText2ActionWithPrompt(nn.Module):
                     )
             checks.read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
             git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
-        fold_quick_gelu(git)
         return cls(git.eval().requires_grad_(False), processor).to(device())
 
     @classmethod
@@ -222,10 +226,11 @@ class GitText2ActionWithPrompt(nn.Module):
         return model
 
     def add_lora(self, rank, alpha):
-        """Add a fresh, trainable LoRA to the (merged) backbone; `with model.git.disable_adapter()` is the answerer."""
+        """Add a fresh, trainable LoRA to the (merged) backbone, for the features; the answers stay those without it."""
         targets = LORA_TARGETS.replace("|output)", ")")  # the features do not pass the word layer
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
+        self._frozen.clear()
 
     @property
     def device(self):
@@ -233,65 +238,52 @@ class GitText2ActionWithPrompt(nn.Module):
 
     # the backbone
 
-    def see(self, frames):
-        """What each decoder layer makes of the image: a list of (key, value), each (B, heads, image rows, head size)."""
-        git = self._backbone().git
-        frames = torch.as_tensor(frames).to(self.device)
-        pixels = preprocess(frames, self.processor.image_processor)
-        vision = git.image_encoder.vision_model
-        hidden = vision.pre_layrnorm(vision.embeddings(pixels))
-        for layer in vision.encoder.layers:
-            hidden = _look(layer, hidden)
-        hidden = git.visual_projection(vision.post_layernorm(hidden))
-        memory = []
-        for i, layer in enumerate(git.encoder.layer):
-            memory.append(_keys_and_values(layer, hidden))
-            if i + 1 < len(git.encoder.layer):
-                hidden = _attend(layer, hidden, *memory[-1])
-        return memory
+    def weights(self, adapted=True):
+        """The backbone for git_forward; collected once if nothing in it trains, else at every call."""
+        if adapted in self._frozen:
+            return self._frozen[adapted]
+        weights = git_forward.collect(self._backbone(), self.processor.image_processor, adapted)
+        if not (adapted and any(p.requires_grad for p in self.git.parameters())):
+            self._frozen[adapted] = weights
+        return weights
 
-    def read(self, memory, tokens, start=0):
-        """Decoder states (B, T, hidden) of the text `tokens` (T,) or (B, T), and the memory that a text after it sees.
+    def _apply(self, *args, **kwargs):  # a move to another device
+        self._frozen.clear()
+        return super()._apply(*args, **kwargs)
 
-        `start` counts the tokens that `memory` already holds beside the image.
-        """
-        git = self._backbone().git
+    def embed(self, tokens, start=0):
+        """Embedded text (1 or B, T, hidden) of `tokens` (T,) or (B, T), after `start` other tokens."""
         tokens = torch.as_tensor(tokens, device=self.device)
-        hidden = git.embeddings(tokens if tokens.ndim == 2 else tokens[None], past_key_values_length=start)
-        hidden = hidden.expand(len(memory[0][0]), -1, -1)
-        text, seen = hidden.shape[1], memory[0][0].shape[2]
-        mask = torch.ones(text, seen + text, dtype=torch.bool, device=self.device).tril(seen)
-        longer = []
-        for layer, before in zip(git.encoder.layer, memory):
-            new = _keys_and_values(layer, hidden)
-            longer.append([torch.cat(pair, 2) for pair in zip(before, new)])
-            hidden = _attend(layer, hidden, *longer[-1], mask)
-        return hidden, longer
+        return self._backbone().git.embeddings(
+            tokens if tokens.ndim == 2 else tokens[None], past_key_values_length=start
+        )
+
+    def read(self, weights, frames, tokens, wanted=1):
+        """One pass over the image and the text `tokens` (T,): the last `wanted` states (B, wanted, hidden), and the memory."""
+        frames = torch.as_tensor(frames).to(self.device)
+        image = git_forward.see(weights, resize(frames, self.processor.image_processor))
+        text = self.embed(tokens).expand(len(image), -1, -1)
+        mask = git_forward.image_then_text(image.shape[1], text.shape[1], self.device)
+        return git_forward.decode(weights, torch.cat([image, text], 1), mask, wanted=wanted)
 
     def encode(self, frames):
-        """One pass: `features` (B, hidden), the last prompt token's state, and `answer_log_probs` (B, 5).
+        """`features` (B, hidden), the last prompt token's state, and `answer_log_probs` (B, 5), in one pass.
 
         The log-likelihood of each whole answer without [SEP], renormalised over the five. Prompt plus the shared first
-        word ("turn") is all the text it takes.
+        word ("turn") is all the text it takes. With a LoRA of PPO's the answers are those of the model underneath.
         """
-        if self.has_lora:  # the answers are those of the fine-tuned model underneath
-            with self.git.disable_adapter():
-                answer_log_probs = self._read_answers(frames)[1]
-            return self.features(frames), answer_log_probs
-        return self._read_answers(frames)
-
-    def _read_answers(self, frames):
+        weights = self.weights(adapted=not self.has_lora)
         with self._autocast():
-            states, _ = self.read(self.see(frames), self.prompt + self.shared_word)
-        last = len(self.prompt) - 1
+            states, _ = self.read(weights, frames, self.prompt + self.shared_word, 1 + len(self.shared_word))
         states = states.float()
-        words = self._backbone().output(states[:, last:]).log_softmax(-1)
-        return states[:, last], score_answers(words, self.answers)
+        scores = score_answers(self._backbone().output(states).log_softmax(-1), self.answers)
+        return self.features(frames) if self.has_lora else states[:, 0], scores
 
     def features(self, frames):
         """Hidden state of the last prompt token, the one that predicts the answer's first word: (B, hidden)."""
+        weights = self.weights()
         with self._autocast():
-            return self.read(self.see(frames), self.prompt)[0][:, -1].float()
+            return self.read(weights, frames, self.prompt)[0][:, 0].float()
 
     def answer_log_probs(self, frames):
         """Log-probability of each of the five answers, normalised over them: (B, 5)."""
@@ -300,22 +292,18 @@ class GitText2ActionWithPrompt(nn.Module):
     @torch.no_grad()
     def answer(self, frames):
         """Greedily generated words, one string per frame: one of ANSWERS, or whatever else the model says."""
-        if self.has_lora:  # the fine-tuned model underneath speaks
-            with self.git.disable_adapter():
-                return self._say(frames)
-        return self._say(frames)
-
-    def _say(self, frames):
         tokenizer, words = self.processor.tokenizer, []
+        weights = self.weights(adapted=not self.has_lora)
         with self._autocast():
-            states, memory = self.read(self.see(frames), self.prompt)
+            states, memory = self.read(weights, frames, self.prompt)
         while True:
             words.append(self._backbone().output(states[:, -1].float()).argmax(-1))
             ended = (torch.stack(words) == tokenizer.sep_token_id).any(0)
             if ended.all() or len(words) == MAX_ANSWER_TOKENS:
                 break
             with self._autocast():
-                states, memory = self.read(memory, words[-1][:, None], len(self.prompt) + len(words) - 1)
+                text = self.embed(words[-1][:, None], len(self.prompt) + len(words) - 1)
+                states, memory = git_forward.decode(weights, text, memory=memory)
         rows = torch.stack(words, 1).tolist()
         rows = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -324,12 +312,12 @@ class GitText2ActionWithPrompt(nn.Module):
     @torch.no_grad()
     def attention(self, frames):
         """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
-        memory, layer = self.see(frames), self._backbone().git.encoder.layer[-1]
-        hidden, _ = self.read(memory[:-1], self.prompt)  # what enters the last layer
-        query = _heads(layer.attention.self, layer.attention.self.query(hidden[:, -1:]))
-        keys = torch.cat([memory[-1][0], _keys_and_values(layer, hidden)[0]], 2)
-        share = (query @ keys.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
-        patches = memory[-1][0].shape[2] - 1  # the first image row is the image's own [CLS]
+        weights = self.weights()
+        below = weights._replace(decoder=weights.decoder[:-1])
+        rows, _ = self.read(below, frames, self.prompt, wanted=None)
+        query, key, _ = git_forward.heads(rows, weights.decoder[-1].qkv, weights.decoder_heads)
+        share = (query[:, :, -1:] @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
+        patches = len(weights.positions)  # after the image's own [CLS]
         return share[:, 1 : 1 + patches].unflatten(1, (round(patches**0.5), -1))
 
     # the policy
@@ -406,46 +394,3 @@ class GitText2ActionWithPrompt(nn.Module):
     def _backbone(self):
         """The `GitForCausalLM`, with or without a PEFT model around it."""
         return self.git.get_base_model() if isinstance(self.git, PeftModel) else self.git
-
-
-def fold_quick_gelu(git):
-    """Put the factor of quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702 into the weights around it.
-
-    One operation instead of three: a fifth of the image encoder's time.
-    """
-    for layer in git.git.image_encoder.vision_model.encoder.layers:
-        if isinstance(layer.mlp.activation_fn, QuickGELUActivation):
-            with torch.no_grad():
-                layer.mlp.fc1.weight *= 1.702
-                layer.mlp.fc1.bias *= 1.702
-                layer.mlp.fc2.weight /= 1.702
-            layer.mlp.activation_fn = nn.SiLU(inplace=True)
-
-
-def _look(layer, hidden):
-    """One layer of the image encoder, without the wrappers around it that cost a third of the time at batch 1."""
-    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-    query, key, value = (
-        project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    context = F.scaled_dot_product_attention(query, key, value)
-    hidden = hidden + attention.out_proj(context.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.layer_norm2(hidden))
-
-
-def _keys_and_values(layer, hidden):
-    attention = layer.attention.self
-    return _heads(attention, attention.key(hidden)), _heads(attention, attention.value(hidden))
-
-
-def _attend(layer, hidden, key, value, mask=None):
-    """One GIT decoder layer for the rows `hidden` (B, T, D) over given keys and values."""
-    attention = layer.attention.self
-    query = _heads(attention, attention.query(hidden))
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return layer.feed_forward_chunk(layer.attention.output(context.transpose(1, 2).flatten(2), hidden))
-
-
-def _heads(attention, x):
-    return x.view(*x.shape[:2], attention.num_attention_heads, attention.attention_head_size).transpose(1, 2)

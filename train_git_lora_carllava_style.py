@@ -31,6 +31,7 @@ import car_racing_env
 import checks
 import collect_captions
 import draw_results
+import git_forward
 import GitText2ActionWithPrompt as model_file
 
 BASE_MODEL = "offline/git-tiny"  # any GIT checkpoint; for the Hub's: "microsoft/git-base"
@@ -138,7 +139,7 @@ def multiply_once(git):
 
     def forward(layer, x):
         weight = layer.base_layer.weight + layer.get_delta_weight("default")
-        return F.linear(x, weight, layer.base_layer.bias)
+        return git_forward.linear(x, weight, layer.base_layer.bias)
 
     for layer in git.modules():
         if isinstance(layer, LoraLinear):

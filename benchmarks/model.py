@@ -159,8 +159,6 @@ def main():
         model_file.GitText2ActionWithPrompt(copy.deepcopy(git), p)
         for git, p in ((large, processor), (git_of_base_size(96), model.processor))
     )
-    for ours in (at_224, at_96):
-        model_file.fold_quick_gelu(ours.git)
     frames = load_frames(8)
     resized = np.stack([np.asarray(Image.fromarray(frame).resize((224, 224))) for frame in frames])
     compare_forward("policy forward, git-base size, 224 px, batch 1", large, at_224, resized[:1], 1)

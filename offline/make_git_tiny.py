@@ -27,6 +27,7 @@ from transformers import (
 
 import car_racing_env
 import collect_captions
+import git_forward
 import GitText2ActionWithPrompt as model_file
 
 OUTPUT = Path(__file__).parent / "git-tiny"
@@ -190,8 +191,13 @@ def tokenize(tokenizer, answers):
 def answer_logits(model, frames, tokens):
     """Logits (B * Q, T, vocabulary) of Q texts (B, Q, T) on each of B frames, the image rows computed once."""
     q = tokens.shape[1]
-    memory = [(k.repeat_interleave(q, 0), v.repeat_interleave(q, 0)) for k, v in model.see(frames)]
-    return model.git.output(model.read(memory, tokens.flatten(0, 1))[0])
+    weights = model.weights()
+    image = git_forward.see(weights, model_file.resize(frames, model.processor.image_processor))
+    _, memory = git_forward.decode(weights, image)
+    memory = [(key.repeat_interleave(q, 0), value.repeat_interleave(q, 0)) for key, value in memory]
+    text = model.embed(tokens.flatten(0, 1))
+    mask = git_forward.image_then_text(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
+    return model.git.output(git_forward.decode(weights, text, mask, memory)[0])
 
 
 def main():

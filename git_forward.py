@@ -1,0 +1,186 @@
+"""GIT's forward pass over plain tensors: Hugging Face's mathematics in half the operations.
+
+`collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation inside
+the patch embedding, a LoRA added to its layer. `see` and `decode` are pure functions of them, differentiable where the
+weights are; image and text rows pass the decoder together.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation, QuickGELUActivation
+
+# On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on AMD
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
+
+
+class Layer(NamedTuple):
+    """One transformer layer: its linear maps as (weight, bias)."""
+
+    qkv: tuple
+    out: tuple
+    up: tuple
+    down: tuple
+    activation: Callable
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+
+
+class Weights(NamedTuple):
+    """What `see` and `decode` need of a GIT model."""
+
+    patches: tuple  # of pixels from 0 to 255
+    class_row: torch.Tensor  # (1, 1, width), its position added
+    positions: torch.Tensor  # (patches, width)
+    pre_norm: nn.LayerNorm
+    vision: list
+    vision_heads: int
+    post_norm: nn.LayerNorm
+    projection: tuple
+    projection_norm: nn.LayerNorm
+    decoder: list
+    decoder_heads: int
+
+
+def collect(git, image_processor, adapted=True):
+    """The `Weights` of a `GitForCausalLM`, of its LoRA layers W + scaling B A, or W alone if not `adapted`."""
+
+    def linear_of(module):
+        weight = module.weight
+        if adapted and hasattr(module, "get_delta_weight"):
+            weight = weight + module.get_delta_weight("default")
+        return weight, module.bias
+
+    def joined(*modules):
+        return tuple(torch.cat(part) for part in zip(*map(linear_of, modules)))
+
+    def layer_of(qkv, out, up, down, activation, norm1, norm2):
+        (up, up_bias), (down, down_bias) = linear_of(up), linear_of(down)
+        if isinstance(activation, QuickGELUActivation):  # x sigmoid(1.702 x) = silu(1.702 x) / 1.702
+            up, up_bias, down, activation = 1.702 * up, 1.702 * up_bias, down / 1.702, F.silu
+        elif isinstance(activation, GELUActivation):
+            activation = F.gelu
+        return Layer(joined(*qkv), linear_of(out), (up, up_bias), (down, down_bias), activation, norm1, norm2)
+
+    vision = git.git.image_encoder.vision_model
+    patch, positions = vision.embeddings.patch_embedding.weight, vision.embeddings.position_embedding.weight
+    mean, std = (
+        torch.tensor(x, dtype=patch.dtype, device=patch.device)[:, None, None]
+        for x in (image_processor.image_mean, image_processor.image_std)
+    )
+    projection, projection_norm = git.git.visual_projection.visual_projection
+    return Weights(
+        patches=(
+            (patch * image_processor.rescale_factor / std).contiguous(memory_format=torch.channels_last),
+            -(patch * mean / std).sum((1, 2, 3)),
+        ),
+        class_row=(vision.embeddings.class_embedding + positions[0])[None, None],
+        positions=positions[1:],
+        pre_norm=vision.pre_layrnorm,
+        vision=[
+            layer_of(
+                (x.self_attn.q_proj, x.self_attn.k_proj, x.self_attn.v_proj), x.self_attn.out_proj,
+                x.mlp.fc1, x.mlp.fc2, x.mlp.activation_fn, x.layer_norm1, x.layer_norm2,
+            )
+            for x in vision.encoder.layers
+        ],
+        vision_heads=vision.config.num_attention_heads,
+        post_norm=vision.post_layernorm,
+        projection=linear_of(projection),
+        projection_norm=projection_norm,
+        decoder=[
+            layer_of(
+                (x.attention.self.query, x.attention.self.key, x.attention.self.value), x.attention.output.dense,
+                x.intermediate.dense, x.output.dense, x.intermediate.intermediate_act_fn,
+                x.attention.output.LayerNorm, x.output.LayerNorm,
+            )
+            for x in git.git.encoder.layer
+        ],
+        decoder_heads=git.config.num_attention_heads,
+    )  # fmt: skip
+
+
+def linear(x, weight, bias, activation=None):
+    """`activation(F.linear(x, weight, bias))`, by oneDNN where that is faster."""
+    if not (ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+        x = F.linear(x, weight, bias)
+    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        x = OneDNNLinear.apply(x, weight, bias)
+    else:
+        fused = activation if activation in ONEDNN_ACTIVATIONS else None
+        x = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ONEDNN_ACTIVATIONS[fused])
+        activation = None if fused else activation
+    return activation(x) if activation else x
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """oneDNN's linear map with its gradients, also by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)
+        return (
+            linear(grad, weight.T, None) if ctx.needs_input_grad[0] else None,
+            linear(rows.T, x.flatten(0, -2).T, None) if ctx.needs_input_grad[1] else None,
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def heads(x, weights, count):
+    """Queries, keys and values, each (B, heads, T, head size), of the rows x (B, T, D)."""
+    return linear(x, *weights).unflatten(-1, (3, count, -1)).permute(2, 0, 3, 1, 4)
+
+
+def attend(query, key, value, mask=None):
+    """Attention, the heads side by side again: (B, T, D)."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def see(w, pixels):
+    """The image as the decoder's first rows, (B, 1 + patches, D), of pixels from 0 to 255, float32 (B, 3, S, S)."""
+    patches = F.conv2d(pixels, *w.patches, stride=w.patches[0].shape[2:]).flatten(2).mT
+    x = w.pre_norm(torch.cat([w.class_row.expand(len(pixels), -1, -1), patches + w.positions], 1))
+    for layer in w.vision:
+        x = x + linear(attend(*heads(layer.norm1(x), layer.qkv, w.vision_heads)), *layer.out)
+        x = x + linear(linear(layer.norm2(x), *layer.up, layer.activation), *layer.down)
+    return w.projection_norm(linear(w.post_norm(x), *w.projection))
+
+
+def decode(w, x, mask=None, memory=None, wanted=None):
+    """Decoder states of the rows x (B, T, D), and the memory that rows after them attend to.
+
+    `memory` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
+    `mask` bool (T, rows before + T) says which row sees which; None: all see all. Only the last `wanted` rows leave
+    the last layer.
+    """
+    longer = []
+    for i, layer in enumerate(w.decoder):
+        query, key, value = heads(x, layer.qkv, w.decoder_heads)
+        if memory is not None:
+            key, value = (torch.cat(pair, 2) for pair in zip(memory[i], (key, value)))
+        longer.append((key, value))
+        if wanted and i + 1 == len(w.decoder):
+            x, query = x[:, -wanted:], query[:, :, -wanted:]
+            mask = None if mask is None else mask[-wanted:]
+        x = layer.norm1(x + linear(attend(query, key, value, mask), *layer.out))
+        x = layer.norm2(x + linear(linear(x, *layer.up, layer.activation), *layer.down))
+    return x, longer
+
+
+@functools.lru_cache
+def image_then_text(image_rows, text_rows, device):
+    """GIT's attention mask: image rows see the image, text rows the image and the text up to themselves."""
+    rows = image_rows + text_rows
+    mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    mask[:image_rows, :image_rows] = True
+    return mask
