@@ -244,7 +244,7 @@ class GitText2ActionWithPrompt(nn.Module):
             return self._frozen[adapted]
         weights = git_forward.collect(self._backbone(), self.processor.image_processor, adapted)
         if not (adapted and any(p.requires_grad for p in self.git.parameters())):
-            self._frozen[adapted] = weights
+            weights = self._frozen[adapted] = git_forward.packed(weights)
         return weights
 
     def _apply(self, *args, **kwargs):  # a move to another device
@@ -276,8 +276,9 @@ class GitText2ActionWithPrompt(nn.Module):
         with self._autocast():
             states, _ = self.read(weights, frames, self.prompt + self.shared_word, 1 + len(self.shared_word))
         states = states.float()
-        scores = score_answers(self._backbone().output(states).log_softmax(-1), self.answers)
-        return self.features(frames) if self.has_lora else states[:, 0], scores
+        words = git_forward.linear(states, *weights.words).log_softmax(-1)
+        features = self.features(frames) if self.has_lora else states[:, 0]
+        return features, score_answers(words, self.answers)
 
     def features(self, frames):
         """Hidden state of the last prompt token, the one that predicts the answer's first word: (B, hidden)."""
@@ -297,7 +298,7 @@ class GitText2ActionWithPrompt(nn.Module):
         with self._autocast():
             states, memory = self.read(weights, frames, self.prompt)
         while True:
-            words.append(self._backbone().output(states[:, -1].float()).argmax(-1))
+            words.append(git_forward.linear(states[:, -1].float(), *weights.words).argmax(-1))
             ended = (torch.stack(words) == tokenizer.sep_token_id).any(0)
             if ended.all() or len(words) == MAX_ANSWER_TOKENS:
                 break

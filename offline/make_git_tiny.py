@@ -197,7 +197,7 @@ def answer_logits(model, frames, tokens):
     memory = [(key.repeat_interleave(q, 0), value.repeat_interleave(q, 0)) for key, value in memory]
     text = model.embed(tokens.flatten(0, 1))
     mask = git_forward.image_then_text(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
-    return model.git.output(git_forward.decode(weights, text, mask, memory)[0])
+    return git_forward.linear(git_forward.decode(weights, text, mask, memory)[0], *weights.words)
 
 
 def main():
