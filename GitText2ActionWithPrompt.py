@@ -260,7 +260,10 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def read(self, weights, frames, tokens, wanted=1):
         """One pass over the image and the text `tokens` (T,): the last `wanted` states (B, wanted, hidden), and the memory."""
-        frames = torch.as_tensor(frames).to(self.device)
+        frames = torch.as_tensor(frames)
+        if self.device.type == "cuda" and frames.device.type == "cpu":
+            frames = frames.pin_memory()
+        frames = frames.to(self.device, non_blocking=True)
         image = git_forward.see(weights, resize(frames, self.processor.image_processor))
         text = self.embed(tokens).expand(len(image), -1, -1)
         mask = git_forward.image_then_text(image.shape[1], text.shape[1], self.device)

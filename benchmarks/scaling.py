@@ -2,7 +2,7 @@
 
 Runs `collect_rollout` of ppo_git_with_prompt.py itself. Writes benchmarks/scaling.json and scaling.png.
 
-    python -m benchmarks.scaling      # 5 minutes
+    python -m benchmarks.scaling      # 6 minutes
 """
 
 import copy
@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 NUM_ENVS = (2, 4, 8, 16, 32)
 SIZES = {"width 64": 64, "width 128": 128, "width 256": 256, "width 512": 512, "git-base, 96 px": 768}
-DECISIONS = 512  # a measurement
+DECISIONS = 1024  # a measurement
 OUTPUT = Path(__file__).parent
 
 
