@@ -1,4 +1,4 @@
-"""GIT's forward pass over plain tensors: Hugging Face's mathematics in half the operations.
+"""GIT's forward pass over plain tensors: Hugging Face's mathematics in two fifths of the operations.
 
 `collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation inside
 the patch embedding, a LoRA added to its layer. `see` and `decode` are pure functions of them, differentiable where the
