@@ -86,3 +86,18 @@ def test_a_lora_is_part_of_its_layer_s_weight(toy_model, frames):
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+@torch.no_grad()
+def test_the_way_of_a_gpu_in_bfloat16(toy_model, frames, monkeypatch):
+    """On CUDA the same pass runs under autocast; here on a CPU, float32 results within bfloat16's digits."""
+    features, scores = toy_model.encode(frames)
+    words = toy_model.answer(frames)
+    monkeypatch.setattr(git_forward, "ONEDNN", False)
+    monkeypatch.setattr(toy_model, "_autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    toy_model._frozen.clear()
+    rough_features, rough_scores = toy_model.encode(frames)
+    assert rough_features.dtype == rough_scores.dtype == torch.float32
+    assert not torch.equal(rough_features, features)
+    assert torch.allclose(rough_features, features, atol=0.1) and torch.allclose(rough_scores, scores, atol=0.1)
+    assert len(toy_model.answer(frames)) == len(words)
