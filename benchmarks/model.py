@@ -47,7 +47,7 @@ def compare_forward(name, git, model, frames, repeats, **note):
     prompt = model.prompt + model.shared_word
     theirs = tutorial_forward(git, model.processor, frames, model.prompt)[0]
     difference = (model.encode(frames)[0] - theirs).abs().max().item()
-    assert difference < 1e-4, f"{name}: outputs differ by {difference}"
+    assert difference < 1e-5, f"{name}: outputs differ by {difference}"
 
     def peer():
         for _ in range(repeats):
