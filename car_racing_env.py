@@ -17,7 +17,6 @@ from pygame.transform import smoothscale
 
 from rasterizer import draw_polygons
 
-ENV_ID = "CarRacing-v3"
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
 MAX_FRAMES = 1000  # frames per episode, as in Gymnasium's registration
 
@@ -32,6 +31,66 @@ PENALTY_RAMP = 0.25  # share of the lap over which both penalties grow from 0: a
 LAP_BONUS = 100.0  # reward added by a finished lap: about what driving on would be worth, as no frame shows the finish
 
 
+def gymnasium_parts():
+    """Gymnasium 1's environment id, `CarRacing`, and its `AsyncVectorEnv(env_fns, autoreset)` with autoreset "DISABLED" or "SAME_STEP".
+
+    Gymnasium 0.29 is put behind the same interface: there a lap truncates and `info` does not tell it, final infos are a list,
+    and a vector environment always resets what has ended, in the same step, and cannot reset some.
+    """
+    if hasattr(gym.vector, "AutoresetMode"):
+        return (
+            "CarRacing-v3",
+            stock.CarRacing,
+            lambda env_fns, autoreset: gym.vector.AsyncVectorEnv(
+                env_fns, autoreset_mode=gym.vector.AutoresetMode[autoreset]
+            ),
+        )
+
+    class CarRacing(stock.CarRacing):
+        def step(self, action):
+            obs, reward, terminated, lap, info = super().step(action)
+            ended = {"lap_finished": not terminated} if terminated or lap else {}
+            return obs, reward, terminated or lap, False, info | ended
+
+    class ResetBySeed(gym.Wrapper):
+        """Resets without a seed, as the vector environment's own, change nothing."""
+
+        def reset(self, *, seed=None, options=None):
+            if seed is not None:
+                self.last = self.env.reset(seed=seed)
+            return self.last
+
+        def step(self, action):
+            step = self.env.step(action)
+            self.last = step[0], step[4]
+            return step
+
+    class AsyncVectorEnv(gym.vector.AsyncVectorEnv):
+        def __init__(self, env_fns, autoreset):
+            if autoreset == "DISABLED":
+                env_fns = [lambda make=make: ResetBySeed(make()) for make in env_fns]
+            super().__init__(env_fns)
+
+        def reset_wait(self, **kwargs):
+            obs, infos = super().reset_wait(**kwargs)
+            return obs, self._arrays(infos)
+
+        def step_wait(self, **kwargs):
+            *step, infos = super().step_wait(**kwargs)
+            if "final_info" in infos:
+                infos["final_obs"], finals = infos["final_observation"], infos["final_info"]
+                keys = {key for final in finals if final for key in final}
+                infos["final_info"] = {key: [final and final.get(key) for final in finals] for key in keys}
+            return *step, self._arrays(infos)
+
+        def _arrays(self, infos):
+            return infos | {"state": np.stack(infos["state"])} if "state" in infos else infos
+
+    return "CarRacing-v2", CarRacing, AsyncVectorEnv
+
+
+ENV_ID, CarRacing, AsyncVectorEnv = gymnasium_parts()
+
 BAR = stock.WINDOW_H // 8  # rows of the window that the instruments cover
 FIELD = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
 GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in the order the stock class draws them
@@ -40,7 +99,7 @@ GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in
 )
 
 
-class FastCarRacing(stock.CarRacing):
+class FastCarRacing(CarRacing):
     """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
 
     The stock class transforms some 700 polygons a frame in Python, and pygame draws the visible 20 pixel by pixel; here

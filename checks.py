@@ -30,6 +30,11 @@ def run(main):
         ) from None
 
 
+def duration(seconds):
+    """How long two CPU cores take, for a script's first line; the caller's `seconds` are measured ones, scaled."""
+    return f"about {max(1, round(seconds / 60))} min on two CPU cores"
+
+
 def check_constants(script, **ranges):
     """Fail early if a script's constants are of another type or out of range, naming the constant.
 

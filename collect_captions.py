@@ -297,7 +297,8 @@ def main():
     load_drivers()  # what is missing fails here, not in a worker
     facts["teacher_hash"] = checks.file_hash(ROOT / TEACHER)
     driver = "the teacher" if POLICY == "teacher" else f"the policy in {POLICY}/"
-    print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/")
+    print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/, "
+          f"{checks.duration(0.0043 * (TRAIN_FRAMES + VALIDATION_FRAMES))}")  # fmt: skip
     if (output / "metadata.jsonl").exists() or (output / "train").exists():
         print(
             f"replaces what is in {OUTPUT_DIR}/ when done; the shipped sample comes back with: git checkout {OUTPUT_DIR}"

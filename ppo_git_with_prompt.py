@@ -23,7 +23,6 @@ import shutil
 import signal
 import time
 
-import gymnasium as gym
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -169,11 +168,9 @@ def make_envs(seed, process):
     `process` counts torchrun's processes: each has other tracks. Started before torch starts its threads.
     """
     settings = env_settings()
-    same_step = gym.vector.AutoresetMode.SAME_STEP
     return [
-        gym.vector.AsyncVectorEnv(
-            [functools.partial(make_worker_env, int(rank), seed, **settings) for rank in ranks],
-            autoreset_mode=same_step,
+        car_racing_env.AsyncVectorEnv(
+            [functools.partial(make_worker_env, int(rank), seed, **settings) for rank in ranks], "SAME_STEP"
         )
         for ranks in np.array_split(np.arange(NUM_ENVS) + process * NUM_ENVS, 2)
     ]
@@ -470,10 +467,12 @@ def main():
         frames_per_update = processes * NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
         results.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
+            decisions = (TOTAL_UPDATES - first_update + 1) * NUM_ENVS * NUM_STEPS
+            expected = 0.0036 * decisions + 1.5 * EVALUATIONS * len(EVAL_TRACKS)
             print(
                 f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in "
                 f"{processes * NUM_ENVS} environments, {sum(p.numel() for g in groups for p in g['params']):,} parameters "
-                f"train; writes {RESULTS_DIR}/"
+                f"train; writes {RESULTS_DIR}/, {checks.duration(expected)} for git-tiny"
             )
             began_writing = True
             if not state:

@@ -348,7 +348,8 @@ def main():
     if first_process:
         print(
             f"LoRA on {BASE_MODEL}: {trainable:,} of {total:,} parameters ({trainable / total:.1%}) train for {EPOCHS} "
-            f"epochs on {len(train):,} frames, {len(validation):,} for validation; writes {OUTPUT_DIR}/ and {RESULTS_DIR}/"
+            f"epochs on {len(train):,} frames, {len(validation):,} for validation; writes {OUTPUT_DIR}/ and {RESULTS_DIR}/, "
+            f"{checks.duration(0.0055 * EPOCHS * len(train))} for git-tiny"
         )
     model = model_file.GitText2ActionWithPrompt(git, processor)
     results = root / RESULTS_DIR

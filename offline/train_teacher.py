@@ -248,14 +248,11 @@ def main():
                     "eval_std": f"{np.std(scores):.1f}",
                 }
                 checks.write_file(OUTPUT, save(weights, metadata))
-                torch.save(
-                    {
-                        "actor": actor.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
-                        "normalizer": normalizer.state_dict(), "average": average.state_dict(), "update": update,
-                        "seconds": time.time() - began,
-                    },
-                    state_file,
-                )  # fmt: skip
+                ppo.save_state(state_file, {
+                    "actor": actor.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
+                    "normalizer": normalizer.state_dict(), "average": average.state_dict(), "update": update,
+                    "seconds": time.time() - began,
+                })  # fmt: skip
             row["seconds"] = time.time() - began
             log.write({key: x if isinstance(x, int) else float(x) for key, x in row.items()})
             bar.set_postfix(reward=f"{row['return']:.0f}", laps=f"{row['laps']:.0%}")

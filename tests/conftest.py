@@ -59,10 +59,8 @@ def frames():
     return torch.randint(0, 256, (3, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, toy_base):
-    """The scripts in sequence in one temporary folder; returns the folders they wrote."""
-    root = tmp_path_factory.mktemp("pipeline")
+def run_pipeline(root, toy_base):
+    """The scripts in sequence in the folder `root`; returns the folders they wrote."""
     made = SimpleNamespace(
         data=root / "CarRacing-Data", adapter=root / "adapter", results=root / "results", base=toy_base, root=root
     )
@@ -90,3 +88,9 @@ def pipeline(tmp_path_factory, toy_base):
     for module, values in old:
         set_constants(module, **values)
     return made
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, toy_base):
+    """The folders of one run of the scripts."""
+    return run_pipeline(tmp_path_factory.mktemp("pipeline"), toy_base)

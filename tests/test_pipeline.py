@@ -6,6 +6,7 @@ import json
 import imageio
 import numpy as np
 import pytest
+from conftest import run_pipeline
 from datasets import load_dataset
 from PIL import Image
 
@@ -106,3 +107,30 @@ def test_evaluation_reloads_the_saved_policy(pipeline):
     again = evaluate.evaluate(evaluate.Policy(model), [100_000, 100_001], 1, progress=False)
     facts = json.loads((pipeline.results / "eval_policy.json").read_text())
     assert [round(r["return"], 2) for r in again] == facts["returns"]
+
+
+def test_the_same_seeds_give_the_same_files(pipeline, toy_base, tmp_path):
+    """All four scripts a second time: what they measured and trained is equal to the last bit."""
+    again = run_pipeline(tmp_path, toy_base)
+
+    def facts(path, *different):
+        return {key: x for key, x in json.loads(path.read_text()).items() if key not in different}
+
+    def without(path, *columns):
+        return [{key: x for key, x in row.items() if key not in columns} for row in rows(path)]
+
+    one, two = ([p.relative_to(made.data) for p in sorted(made.data.rglob("*"))] for made in (pipeline, again))
+    assert one == two and len(one) > 128
+    for name in one:
+        if name.suffix in (".png", ".jsonl"):
+            assert (pipeline.data / name).read_bytes() == (again.data / name).read_bytes(), name
+    for one, two in ((pipeline.adapter, again.adapter), (pipeline.results / "policy", again.results / "policy")):
+        for weights in one.glob("*.safetensors"):
+            assert weights.read_bytes() == (two / weights.name).read_bytes(), weights
+    for name, different in (
+        ("lora_log.csv", ["seconds"]), ("reward_log.csv", []), ("eval_log.csv", []),
+        ("update_log.csv", ["seconds", "decisions_per_second", "update_share"]),
+    ):  # fmt: skip
+        assert without(pipeline.results / name, *different) == without(again.results / name, *different), name
+    one, two = (facts(p.results / "eval_policy.json", "seconds", "folder") for p in (pipeline, again))
+    assert one == two
