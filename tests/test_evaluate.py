@@ -1,5 +1,9 @@
 """Drivers, the fixed tracks and what is refused."""
 
+import os
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -87,8 +91,24 @@ def test_the_film_can_show_what_the_prompt_attends_to(toy_model, constants):
         assert redder[..., 0].mean() > 1 > redder[..., 2].mean()
 
 
-def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+@pytest.fixture(params=["dummy", "x11"])
+def screen(request, monkeypatch):
+    """SDL's dummy screen, and an X server's where Xvfb is installed."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", request.param)
+    if request.param == "dummy":
+        yield request.param
+        return
+    if not shutil.which("Xvfb"):
+        pytest.skip("needs Xvfb (Debian: apt install xvfb)")
+    read, write = os.pipe()
+    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "800x700x24"], pass_fds=[write])
+    monkeypatch.setenv("DISPLAY", ":" + os.read(read, 20).decode().strip())
+    yield request.param
+    server.terminate()
+    server.wait()
+
+
+def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypatch, screen):
     constants(car_racing_env, MAX_FRAMES=6)
     shown = []
     flip = evaluate.pygame.display.flip
@@ -96,7 +116,12 @@ def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypat
     monkeypatch.setattr(
         evaluate.pygame.display, "flip", lambda: (shown.append(evaluate.pygame.surfarray.array3d(window())), flip())
     )
+    drivers = []
+    close = evaluate.pygame.display.quit
+    monkeypatch.setattr(
+        evaluate.pygame.display, "quit", lambda: (drivers.append(evaluate.pygame.display.get_driver()), close())
+    )
     evaluate.watch(evaluate.Policy(toy_model), 100_000)
     expected = [picture for picture, _ in evaluate.drive(evaluate.Policy(toy_model), 100_000)]
-    assert len(shown) == 3
+    assert len(shown) == 3 and drivers == [screen]
     assert all(np.array_equal(a.swapaxes(0, 1), b) for a, b in zip(shown, expected))
