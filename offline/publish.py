@@ -75,6 +75,17 @@ Without it, from the folder that holds base, adapter and policy:
 """
 
 
+def make_gif(video, path):
+    """A stretch of a film with one palette for all its pictures, so that colours do not flicker."""
+    with imageio.get_reader(video) as reader:
+        shots = [reader.get_data(GIF_FROM + GIF_EVERY * i) for i in range(GIF_FRAMES)]
+    height = GIF_WIDTH * shots[0].shape[0] // shots[0].shape[1]
+    pictures = [Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)) for shot in shots]
+    palette = Image.fromarray(np.concatenate([np.asarray(p) for p in pictures[::6]])).quantize(96)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40 * GIF_EVERY, loop=0)
+
+
 def main():
     results = collect_captions.ROOT / RESULTS_DIR
     published = collect_captions.ROOT / "results" / "published"
@@ -82,14 +93,7 @@ def main():
     for name in FILES:
         shutil.copy2(results / name, published / name)
     shutil.copytree(results / "policy", published / "policy", dirs_exist_ok=True)
-    with imageio.get_reader(results / "video_final.mp4") as video:
-        shots = [video.get_data(GIF_FROM + GIF_EVERY * i) for i in range(GIF_FRAMES)]
-    height = GIF_WIDTH * shots[0].shape[0] // shots[0].shape[1]
-    pictures = [
-        Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)).quantize(64, Image.Quantize.MAXCOVERAGE)
-        for shot in shots
-    ]
-    pictures[0].save(published / "demo.gif", save_all=True, append_images=pictures[1:], duration=40 * GIF_EVERY, loop=0)
+    make_gif(results / "video_final.mp4", published / "demo.gif")
     (published / "policy" / "README.md").write_text(card(json.loads((results / "run.json").read_text())))
     print(f"wrote {published}, demo.gif {(published / 'demo.gif').stat().st_size / 1e6:.1f} MB")
 
