@@ -151,7 +151,9 @@ def load_base(base_model):
     local = ROOT / base_model
     source = local if local.exists() else base_model
     try:
-        git = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        git = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise checks.BadInput(
@@ -165,13 +167,13 @@ class GitText2ActionWithPrompt(nn.Module):
     """GIT + fixed prompt + policy head: frames uint8 (B, 96, 96, 3) in, five action logits and a value out.
 
     The head's last layer starts at zero, so the untrained policy is the language model's own answer; the value starts
-    at zero. The backbone is frozen and in eval mode unless `add_lora` is called.
+    at zero. `from_pretrained` freezes the backbone; what `add_lora` adds is trainable.
     """
 
     def __init__(self, git, processor):
         super().__init__()
         self.git, self.processor, self.has_lora = git, processor, False
-        self._frozen = {}
+        self._watch()
         tokenizer = processor.tokenizer
         self.prompt, self.answers = prompt_ids(tokenizer), answer_ids(tokenizer)
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
@@ -223,6 +225,7 @@ class GitText2ActionWithPrompt(nn.Module):
                 "ppo_git_with_prompt.py"
             )
         model.load_policy(folder)
+        model.git.requires_grad_(False)
         return model
 
     def add_lora(self, rank, alpha):
@@ -230,7 +233,7 @@ class GitText2ActionWithPrompt(nn.Module):
         targets = LORA_TARGETS.replace("|output)", ")")  # the features do not pass the word layer
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
-        self._frozen.clear()
+        self._watch()
 
     @property
     def device(self):
@@ -239,35 +242,37 @@ class GitText2ActionWithPrompt(nn.Module):
     # the backbone
 
     def weights(self, adapted=True):
-        """The backbone for git_forward; collected once if nothing in it trains, else at every call."""
-        if adapted in self._frozen:
-            return self._frozen[adapted]
-        weights = git_forward.collect(self._backbone(), self.processor.image_processor, adapted)
-        if not (adapted and any(p.requires_grad for p in self.git.parameters())):
-            weights = self._frozen[adapted] = git_forward.packed(weights)
-        return weights
+        """The backbone for git_forward, collected anew when a parameter has changed or gradients flow into one."""
+        if adapted and torch.is_grad_enabled() and any(p.requires_grad for p in self._watched):
+            return git_forward.collect(self._backbone(), self.processor.image_processor)
+        version = sum(p._version for p in self._watched)
+        if self._collected.get(adapted, (None,))[0] != version:
+            with torch.no_grad():
+                weights = git_forward.collect(self._backbone(), self.processor.image_processor, adapted)
+                self._collected[adapted] = version, git_forward.packed(weights)
+        return self._collected[adapted][1]
+
+    def _watch(self):
+        self._watched, self._collected = [*self.git.parameters()], {}
 
     def _apply(self, *args, **kwargs):  # a move to another device
-        self._frozen.clear()
+        self._collected.clear()
         return super()._apply(*args, **kwargs)
 
-    def embed(self, tokens, start=0):
-        """Embedded text (1 or B, T, hidden) of `tokens` (T,) or (B, T), after `start` other tokens."""
-        tokens = torch.as_tensor(tokens, device=self.device)
-        return self._backbone().git.embeddings(
-            tokens if tokens.ndim == 2 else tokens[None], past_key_values_length=start
-        )
+    def __getstate__(self):  # for copies: oneDNN's matrices cannot be copied
+        return self.__dict__ | {"_collected": {}}
 
-    def read(self, weights, frames, tokens, wanted=1):
-        """One pass over the image and the text `tokens` (T,): the last `wanted` states (B, wanted, hidden), and the memory."""
+    def read(self, weights, frames, tokens, last=1):
+        """One pass over the image and the text `tokens`, a list of ids: the `last` states (B, last, hidden), and the cache."""
         frames = torch.as_tensor(frames)
         if self.device.type == "cuda" and frames.device.type == "cpu":
             frames = frames.pin_memory()
         frames = frames.to(self.device, non_blocking=True)
-        image = git_forward.see(weights, resize(frames, self.processor.image_processor))
-        text = self.embed(tokens).expand(len(image), -1, -1)
-        mask = git_forward.image_then_text(image.shape[1], text.shape[1], self.device)
-        return git_forward.decode(weights, torch.cat([image, text], 1), mask, wanted=wanted)
+        image = git_forward.encode_image(weights, resize(frames, self.processor.image_processor))
+        tokens = torch.tensor([tokens], device=self.device)
+        text = git_forward.embed(weights, tokens).expand(len(image), -1, -1)
+        mask = git_forward.prefix_mask(image.shape[1], text.shape[1], self.device)
+        return git_forward.decode(weights, torch.cat([image, text], 1), mask, last=last)
 
     def encode(self, frames):
         """`features` (B, hidden), the last prompt token's state, and `answer_log_probs` (B, 5), in one pass.
@@ -279,7 +284,7 @@ class GitText2ActionWithPrompt(nn.Module):
         with self._autocast():
             states, _ = self.read(weights, frames, self.prompt + self.shared_word, 1 + len(self.shared_word))
         states = states.float()
-        words = git_forward.linear(states, *weights.words).log_softmax(-1)
+        words = git_forward.linear(states, *weights.lm_head).log_softmax(-1)
         features = self.features(frames) if self.has_lora else states[:, 0]
         return features, score_answers(words, self.answers)
 
@@ -299,15 +304,15 @@ class GitText2ActionWithPrompt(nn.Module):
         tokenizer, words = self.processor.tokenizer, []
         weights = self.weights(adapted=not self.has_lora)
         with self._autocast():
-            states, memory = self.read(weights, frames, self.prompt)
+            states, cache = self.read(weights, frames, self.prompt)
         while True:
-            words.append(git_forward.linear(states[:, -1].float(), *weights.words).argmax(-1))
+            words.append(git_forward.linear(states[:, -1].float(), *weights.lm_head).argmax(-1))
             ended = (torch.stack(words) == tokenizer.sep_token_id).any(0)
             if ended.all() or len(words) == MAX_ANSWER_TOKENS:
                 break
             with self._autocast():
-                text = self.embed(words[-1][:, None], len(self.prompt) + len(words) - 1)
-                states, memory = git_forward.decode(weights, text, memory=memory)
+                text = git_forward.embed(weights, words[-1][:, None], len(self.prompt) + len(words) - 1)
+                states, cache = git_forward.decode(weights, text, cache=cache)
         rows = torch.stack(words, 1).tolist()
         rows = [row[: row.index(tokenizer.sep_token_id)] if tokenizer.sep_token_id in row else row for row in rows]
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -318,10 +323,10 @@ class GitText2ActionWithPrompt(nn.Module):
         """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
         weights = self.weights()
         below = weights._replace(decoder=weights.decoder[:-1])
-        rows, _ = self.read(below, frames, self.prompt, wanted=None)
-        query, key, _ = git_forward.heads(rows, weights.decoder[-1].qkv, weights.decoder_heads)
+        rows, _ = self.read(below, frames, self.prompt, last=None)
+        query, key, _ = git_forward.project_qkv(rows, weights.decoder[-1].qkv, weights.decoder_heads)
         share = (query[:, :, -1:] @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
-        patches = len(weights.positions)  # after the image's own [CLS]
+        patches = len(weights.patch_positions)  # after the image's own [CLS]
         return share[:, 1 : 1 + patches].unflatten(1, (round(patches**0.5), -1))
 
     # the policy
@@ -380,6 +385,10 @@ class GitText2ActionWithPrompt(nn.Module):
         weights = checks.read_weights(folder / "policy.safetensors")
         if facts.get("lora_rank") and not self.has_lora:
             self.add_lora(facts["lora_rank"], facts["lora_alpha"])
+        if self.has_lora and self.git.peft_config["default"].lora_alpha != facts.get("lora_alpha"):
+            raise checks.BadInput(
+                f"{folder}/ was trained with a LoRA of alpha {facts.get('lora_alpha')}, not this model's"
+            )
         expected = self.trained_parameters()
         bad = [n for n in expected.keys() | weights.keys() if n not in weights or n not in expected
                or weights[n].shape != expected[n].shape]  # fmt: skip

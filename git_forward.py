@@ -1,8 +1,8 @@
 """GIT's forward pass over plain tensors: Hugging Face's mathematics in two fifths of the operations.
 
-`collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation inside
-the patch embedding, a LoRA added to its layer. `see` and `decode` are pure functions of them, differentiable where the
-weights are; image and text rows pass the decoder together.
+`collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation
+inside the patch embedding, a LoRA added to its layer. `encode_image`, `embed` and `decode` are pure, differentiable
+functions of them and their inputs; image and text pass the decoder together.
 """
 
 import functools
@@ -32,24 +32,30 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What `see` and `decode` need of a GIT model."""
+    """What `encode_image` and `decode` need of a GIT model."""
 
-    patches: tuple  # of pixels from 0 to 255
-    class_row: torch.Tensor  # (1, 1, width), its position added
-    positions: torch.Tensor  # (patches, width)
+    patch_embedding: tuple  # of pixels from 0 to 255
+    class_embedding: torch.Tensor  # (1, 1, width), its position added
+    patch_positions: torch.Tensor  # (patches, width)
     pre_norm: nn.LayerNorm
     vision: list
     vision_heads: int
     post_norm: nn.LayerNorm
     projection: tuple
     projection_norm: nn.LayerNorm
+    word_embeddings: torch.Tensor  # (vocabulary, D)
+    text_positions: torch.Tensor  # (longest text, D)
+    text_norm: nn.LayerNorm
     decoder: list
     decoder_heads: int
-    words: tuple  # from a state to the vocabulary's logits
+    lm_head: tuple
 
 
 def collect(git, image_processor, adapted=True):
-    """The `Weights` of a `GitForCausalLM`, of its LoRA layers W + scaling B A, or W alone if not `adapted`."""
+    """The `Weights` of a `GitForCausalLM`, of its LoRA layers W + scaling B A, or W alone if not `adapted`.
+
+    A LoRA is PEFT's plain one named "default", not merged; an adapter of another kind must be merged first.
+    """
 
     def linear_of(module):
         weight = module.weight
@@ -76,12 +82,12 @@ def collect(git, image_processor, adapted=True):
     )
     projection, projection_norm = git.git.visual_projection.visual_projection
     return Weights(
-        patches=(
+        patch_embedding=(
             (patch * image_processor.rescale_factor / std).contiguous(memory_format=torch.channels_last),
             -(patch * mean / std).sum((1, 2, 3)),
         ),
-        class_row=(vision.embeddings.class_embedding + positions[0])[None, None],
-        positions=positions[1:],
+        class_embedding=(vision.embeddings.class_embedding + positions[0])[None, None],
+        patch_positions=positions[1:],
         pre_norm=vision.pre_layrnorm,
         vision=[
             layer_of(
@@ -94,6 +100,9 @@ def collect(git, image_processor, adapted=True):
         post_norm=vision.post_layernorm,
         projection=linear_of(projection),
         projection_norm=projection_norm,
+        word_embeddings=git.git.embeddings.word_embeddings.weight,
+        text_positions=git.git.embeddings.position_embeddings.weight,
+        text_norm=git.git.embeddings.LayerNorm,
         decoder=[
             layer_of(
                 (x.attention.self.query, x.attention.self.key, x.attention.self.value), x.attention.output.dense,
@@ -103,13 +112,13 @@ def collect(git, image_processor, adapted=True):
             for x in git.git.encoder.layer
         ],
         decoder_heads=git.config.num_attention_heads,
-        words=linear_of(git.output),
+        lm_head=linear_of(git.output),
     )  # fmt: skip
 
 
 def packed(weights):
     """Frozen `Weights` with their matrices in oneDNN's own order, where oneDNN multiplies by them: read faster."""
-    if not (ONEDNN and weights.positions.device.type == "cpu" and weights.positions.dtype == torch.float32):
+    if not (ONEDNN and weights.patch_positions.device.type == "cpu" and weights.patch_positions.dtype == torch.float32):
         return weights
 
     def pack(matrix):
@@ -119,14 +128,14 @@ def packed(weights):
         return layer._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
 
     vision, decoder = ([pack_layer(layer) for layer in layers] for layers in (weights.vision, weights.decoder))
-    return weights._replace(vision=vision, decoder=decoder, words=pack(weights.words))
+    return weights._replace(vision=vision, decoder=decoder, lm_head=pack(weights.lm_head))
 
 
 def linear(x, weight, bias, activation=None):
-    """`activation(F.linear(x, weight, bias))`, by oneDNN where that is faster."""
+    """`activation(F.linear(x, weight, bias))`, by oneDNN for float32 on CPUs with AVX-512."""
     if not (ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
         x = F.linear(x, weight, bias)
-    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         x = OneDNNLinear.apply(x, weight, bias)
     else:
         fused = activation if activation in ONEDNN_ACTIVATIONS else None
@@ -145,15 +154,16 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)
+        (x, weight), rows = ctx.saved_tensors, grad.reshape(-1, grad.shape[-1])
+        weight = weight.to_dense() if weight.is_mkldnn else weight
         return (
             linear(grad, weight.T, None) if ctx.needs_input_grad[0] else None,
-            linear(rows.T, x.flatten(0, -2).T, None) if ctx.needs_input_grad[1] else None,
+            linear(rows.T, x.reshape(-1, x.shape[-1]).T, None) if ctx.needs_input_grad[1] else None,
             rows.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
-def heads(x, weights, count):
+def project_qkv(x, weights, count):
     """Queries, keys and values, each (B, heads, T, head size), of the rows x (B, T, D)."""
     return linear(x, *weights).unflatten(-1, (3, count, -1)).permute(2, 0, 3, 1, 4)
 
@@ -163,39 +173,45 @@ def attend(query, key, value, mask=None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def see(w, pixels):
+def encode_image(w, pixels):
     """The image as the decoder's first rows, (B, 1 + patches, D), of pixels from 0 to 255, float32 (B, 3, S, S)."""
-    patches = F.conv2d(pixels, *w.patches, stride=w.patches[0].shape[2:]).flatten(2).mT
-    x = w.pre_norm(torch.cat([w.class_row.expand(len(pixels), -1, -1), patches + w.positions], 1))
+    with torch.autocast(pixels.device.type, enabled=False):  # in bfloat16 pixels that are not centred lose digits
+        patches = F.conv2d(pixels, *w.patch_embedding, stride=w.patch_embedding[0].shape[2:]).flatten(2).mT
+    x = w.pre_norm(torch.cat([w.class_embedding.expand(len(pixels), -1, -1), patches + w.patch_positions], 1))
     for layer in w.vision:
-        x = x + linear(attend(*heads(layer.norm1(x), layer.qkv, w.vision_heads)), *layer.out)
+        x = x + linear(attend(*project_qkv(layer.norm1(x), layer.qkv, w.vision_heads)), *layer.out)
         x = x + linear(linear(layer.norm2(x), *layer.up, layer.activation), *layer.down)
     return w.projection_norm(linear(w.post_norm(x), *w.projection))
 
 
-def decode(w, x, mask=None, memory=None, wanted=None):
-    """Decoder states of the rows x (B, T, D), and the memory that rows after them attend to.
+def embed(w, tokens, start=0):
+    """Embedded text (B, T, D) of token ids int64 (B, T), the first of them at position `start`."""
+    return w.text_norm(w.word_embeddings[tokens] + w.text_positions[start : start + tokens.shape[-1]])
 
-    `memory` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
-    `mask` bool (T, rows before + T) says which row sees which; None: all see all. Only the last `wanted` rows leave
+
+def decode(w, x, mask=None, cache=None, last=None):
+    """Decoder states of the rows x (B, T, D), and the cache that rows after them attend to.
+
+    `cache` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
+    `mask` bool (T, rows before + T) says which row sees which; None: all see all. Only the last `last` rows leave
     the last layer.
     """
-    longer = []
+    new_cache = []
     for i, layer in enumerate(w.decoder):
-        query, key, value = heads(x, layer.qkv, w.decoder_heads)
-        if memory is not None:
-            key, value = (torch.cat(pair, 2) for pair in zip(memory[i], (key, value)))
-        longer.append((key, value))
-        if wanted and i + 1 == len(w.decoder):
-            x, query = x[:, -wanted:], query[:, :, -wanted:]
-            mask = None if mask is None else mask[-wanted:]
+        query, key, value = project_qkv(x, layer.qkv, w.decoder_heads)
+        if cache is not None:
+            key, value = (torch.cat(pair, 2) for pair in zip(cache[i], (key, value)))
+        new_cache.append((key, value))
+        if last and i + 1 == len(w.decoder):
+            x, query = x[:, -last:], query[:, :, -last:]
+            mask = None if mask is None else mask[-last:]
         x = layer.norm1(x + linear(attend(query, key, value, mask), *layer.out))
         x = layer.norm2(x + linear(linear(x, *layer.up, layer.activation), *layer.down))
-    return x, longer
+    return x, new_cache
 
 
 @functools.lru_cache
-def image_then_text(image_rows, text_rows, device):
+def prefix_mask(image_rows, text_rows, device):
     """GIT's attention mask: image rows see the image, text rows the image and the text up to themselves."""
     rows = image_rows + text_rows
     mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()

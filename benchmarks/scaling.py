@@ -68,7 +68,6 @@ def sized(model, width):
         part._attn_implementation = "eager"
     torch.manual_seed(0)
     git = GitForCausalLM(config).eval().requires_grad_(False)
-    git.git.image_encoder.config._attn_implementation = "sdpa"  # as `load_base` sets it
     return model_file.GitText2ActionWithPrompt(git, copy.deepcopy(model.processor))
 
 

@@ -192,12 +192,12 @@ def answer_logits(model, frames, tokens):
     """Logits (B * Q, T, vocabulary) of Q texts (B, Q, T) on each of B frames, the image rows computed once."""
     q = tokens.shape[1]
     weights = model.weights()
-    image = git_forward.see(weights, model_file.resize(frames, model.processor.image_processor))
-    _, memory = git_forward.decode(weights, image)
-    memory = [(key.repeat_interleave(q, 0), value.repeat_interleave(q, 0)) for key, value in memory]
-    text = model.embed(tokens.flatten(0, 1))
-    mask = git_forward.image_then_text(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
-    return git_forward.linear(git_forward.decode(weights, text, mask, memory)[0], *weights.words)
+    image = git_forward.encode_image(weights, model_file.resize(frames, model.processor.image_processor))
+    _, cache = git_forward.decode(weights, image)
+    cache = [(key.repeat_interleave(q, 0), value.repeat_interleave(q, 0)) for key, value in cache]
+    text = git_forward.embed(weights, tokens.flatten(0, 1))
+    mask = git_forward.prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
+    return git_forward.linear(git_forward.decode(weights, text, mask, cache)[0], *weights.lm_head)
 
 
 def main():
@@ -210,7 +210,6 @@ def main():
     val_tokens, val_labels = tokenize(processor.tokenizer, val_answers)
     model = model_file.GitText2ActionWithPrompt(make_model(processor.tokenizer), processor)
     git = model.git.requires_grad_(True)
-    git.git.image_encoder.config._attn_implementation = "sdpa"
     print(f"{sum(p.numel() for p in git.parameters()):,} parameters, {len(processor.tokenizer)} words")
     optimizer = torch.optim.AdamW(git.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(frames) // BATCH_SIZE)

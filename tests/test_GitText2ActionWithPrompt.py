@@ -131,7 +131,12 @@ def test_policy_files_round_trip(toy_model, toy_base, frames, tmp_path, lora):
     toy_model.save_policy(tmp_path, **facts)
     loaded = model_file.GitText2ActionWithPrompt.from_policy(tmp_path)
     for mine, theirs in zip(toy_model(frames), loaded(frames)):
-        assert torch.equal(mine, theirs)
+        assert torch.allclose(mine, theirs, atol=1e-6)
+    assert not any(p.requires_grad for p in loaded.git.parameters())
+    if lora:
+        toy_model.git.peft_config["default"].lora_alpha = 16
+        with pytest.raises(checks.BadInput, match="LoRA of alpha 4"):
+            toy_model.load_policy(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
 
 
