@@ -1,8 +1,7 @@
 """The model: a GIT vision-language model asked what the vehicle should do, with a policy head on its answer.
 
-Reads a GIT base and (optionally) a LoRA adapter and a policy folder; writes a policy folder. Shared by every script.
-
-The backbone's forward pass itself is in git_forward.py.
+Reads a GIT base and (optionally) a LoRA adapter and a policy folder; writes a policy folder. Shared by every script; the
+backbone's forward pass is in git_forward.py.
 """
 
 import hashlib
