@@ -435,7 +435,7 @@ def main():
     results = collect_captions.ROOT / RESULTS_DIR
     state = load_state(results / "state.pt", processes) if RESUME else None
     envs = make_envs(SEED, process)
-    writer, began_writing = None, False
+    writer, began_writing, bar = None, False, None
     try:
         torch.set_num_threads(TORCH_THREADS)
         accelerator = Accelerator(cpu=model_file.device().type == "cpu")
@@ -593,6 +593,8 @@ def main():
             "lower NUM_ENVS in ppo_git_with_prompt.py if it happens again"
         ) from None
     finally:
+        if bar is not None:
+            bar.close()
         close_envs(envs)
         if writer:
             writer.close()

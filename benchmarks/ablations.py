@@ -27,10 +27,10 @@ CHANGES = {
     "K_EPOCHS = 1": {"ppo": {"K_EPOCHS": 1}},
     "LANGUAGE_PRIOR = 0": {"model": {"LANGUAGE_PRIOR": 0.0}},
     "base without the adapter, LANGUAGE_PRIOR = 0": {"ppo": {"ADAPTER": ""}, "model": {"LANGUAGE_PRIOR": 0.0}},
-    "TRAIN_LORA": {"ppo": {"TRAIN_LORA": True}},
     "penalties from the start": {"world": {"PENALTY_RAMP": 0.0}},
     "FRAME_SKIP = 1": {"world": {"FRAME_SKIP": 1}},
     "FRAME_SKIP = 4": {"world": {"FRAME_SKIP": 4}},
+    "TRAIN_LORA": {"ppo": {"TRAIN_LORA": True}},  # five passes backward through the model: half an hour
 }
 
 

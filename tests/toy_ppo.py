@@ -75,7 +75,7 @@ def main(folder, base, resume, kill):
 
         def disk_is_full(path, state):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the state is larger, standard error smaller
             return save(path, state)
 
         save, ppo.save_state = ppo.save_state, die_at_call(3, ppo.save_state, disk_is_full)
