@@ -152,6 +152,8 @@ def test_a_run_writes_everything_and_resumes(toy_run, train_lora):
 def test_ctrl_c_keeps_what_was_written(toy_base, tmp_path):
     """A real SIGINT to the whole process group, as a terminal sends it, after the first update."""
     code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 import ppo_git_with_prompt as ppo
 ppo.ADAPTER, ppo.BASE_WITHOUT_ADAPTER, ppo.RESULTS_DIR = "", {str(toy_base)!r}, {str(tmp_path)!r}
 ppo.NUM_ENVS, ppo.NUM_STEPS, ppo.EVAL_TRACKS = 2, 20, range(100_000, 100_001)
