@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ablations
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(r"\| ([\d.-]+) ± ([\d.]+) \|.*\(results/published/([\w./]+\.json)\) \|", README)
@@ -46,6 +48,10 @@ def test_agreement():
         in text
     )
     assert f"Of the {sum(changes.values())} others {brakes} brake" in text
+
+
+def test_ablation_table():
+    assert ablations.table() in README
 
 
 def test_speed_table():
