@@ -4,7 +4,7 @@ Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips thos
 `table()` prints mean ± std over seeds of what is there. The frames, the discount per frame and the frames per update are the
 same in every run.
 
-    python -m benchmarks.ablations      # 7 minutes a run on two CPU cores
+    python -m benchmarks.ablations      # 8 minutes a run on two CPU cores
 """
 
 import json

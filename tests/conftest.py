@@ -61,7 +61,7 @@ def frames():
 
 def run_pipeline(root, toy_base):
     """The scripts in sequence in the folder `root`; returns the folders they wrote."""
-    torch.set_num_threads(2)  # a PPO run before this one has set its own, and the number of threads decides the last bits
+    torch.set_num_threads(2)  # a PPO run sets its own, and the number of threads decides the last bits
     made = SimpleNamespace(
         data=root / "CarRacing-Data", adapter=root / "adapter", results=root / "results", base=toy_base, root=root
     )
