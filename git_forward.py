@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What `encode_image` and `decode` need of a GIT model."""
+    """What `encode_image`, `embed` and `decode` need of a GIT model."""
 
     patch_embedding: tuple  # of pixels from 0 to 255
     class_embedding: torch.Tensor  # (1, 1, width), its position added
