@@ -89,8 +89,8 @@ def table():
 
 def main():
     OUTPUT.mkdir(exist_ok=True)
-    for seed in SEEDS:
-        for name, changes in CHANGES.items():
+    for name, changes in CHANGES.items():
+        for seed in SEEDS:
             path = OUTPUT / f"{name}_seed{seed}.json"
             if path.exists():
                 continue
