@@ -1,7 +1,7 @@
 """The graphs of stages 2 and 3, drawn from their CSV files while they run.
 
-Reads RESULTS_DIR/lora_log.csv, reward_log.csv, update_log.csv, eval_log.csv and, if the baseline ran, sb3_eval_log.csv. Writes lora_loss.png, reward_curve.png,
-ppo_losses.png and ppo_diagnostics.png beside them.
+Reads RESULTS_DIR/lora_log.csv, reward_log.csv, update_log.csv, eval_log.csv and, if the baseline ran, sb3_eval_log.csv.
+Writes lora_loss.png, reward_curve.png, ppo_losses.png and ppo_diagnostics.png beside them.
 
     python draw_results.py      # draw them again
 """
@@ -41,48 +41,43 @@ def read_log(path):
     return [row for row in rows if None not in row.values()]  # a full disk cuts the last row short
 
 
-def draw_reward_curve(results):
-    """reward_curve.png: episodes, their moving mean, evaluations with error bars, the 900 line, answers alone."""
-    episodes, evaluations = read_log(results / "reward_log.csv"), read_log(results / "eval_log.csv")
-    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+def draw_returns(axis, episodes, evaluations, baseline):
+    """Episodes and their moving mean, evaluations with error bars, answers alone, the 900 line."""
     if episodes:
         frames = np.array([int(row["env_frames"]) for row in episodes])
         returns = np.array([float(row["return"]) for row in episodes])
-        axis.plot(
-            frames,
-            returns,
-            ".",
-            color="tab:blue",
-            alpha=0.25,
-            ms=4,
-            label="training episodes (sampled actions, early stop)",
-        )
+        label = "training episodes (sampled actions, early stop)"
+        axis.plot(frames, returns, ".", color="tab:blue", alpha=0.25, ms=4, label=label)
         window = min(50, len(returns))
         mean = np.convolve(returns, np.ones(window) / window, "valid")
         axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
     policy = [row for row in evaluations if row["driver"] == "policy"]
-    if policy:
-        x, mean, std = ([float(row[key]) for row in policy] for key in ("env_frames", "mean", "std"))
-        axis.errorbar(
-            x,
-            mean,
-            std,
-            fmt="o-",
-            color="tab:orange",
-            capsize=3,
-            label="greedy on the validation tracks ± std",
-        )
-    baseline = read_log(results / "sb3_eval_log.csv")
-    if baseline:
-        x, mean, std = ([float(row[key]) for row in baseline] for key in ("env_frames", "mean", "std"))
-        axis.errorbar(x, mean, std, fmt="s-", color="tab:purple", ms=4, capsize=2, label="SB3 PPO CnnPolicy, the same")
+    for rows, marker, color, label in (
+        (policy, "o-", "tab:orange", "greedy on the validation tracks ± std"),
+        (baseline, "s-", "tab:purple", "SB3 PPO CnnPolicy, the same"),
+    ):
+        if rows:
+            x, mean, std = ([float(row[key]) for row in rows] for key in ("env_frames", "mean", "std"))
+            axis.errorbar(x, mean, std, fmt=marker, color=color, ms=5, capsize=3, label=label)
     for row in evaluations:
         if row["driver"] == "answers":
             axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
     axis.axhline(900, color="grey", ls=":", label="900: solved")
     axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     axis.grid(alpha=0.3)
+
+
+def draw_reward_curve(results):
+    """reward_curve.png: every return of the run; beside it, once the policy drives, those above 800 enlarged."""
+    logs = [read_log(results / f"{name}_log.csv") for name in ("reward", "eval", "sb3_eval")]
+    drives = any(float(row["mean"]) > 800 for row in logs[1])
+    figure, axes = plt.subplots(1, 1 + drives, figsize=(6.5 + 5 * drives, 4.6), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        draw_returns(axis, *logs)
+    if drives:
+        axes[0, 1].set(ylim=(800, 950), ylabel=None, title="from 800 up")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncol=3)
     save(figure, results / "reward_curve.png")
 
 
@@ -125,15 +120,11 @@ def draw_confusion(confusion, path):
     figure, axis = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
     axis.imshow(share, cmap="Greens", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(confusion):
-        axis.text(
-            j,
-            i,
-            f"{share[i, j]:.0%}\n{n}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if share[i, j] > 0.6 else "black",
-        )
+        if n:
+            color = "white" if share[i, j] > 0.6 else "black"
+            axis.text(j, i, f"{share[i, j]:.1%}\n{n}", ha="center", va="center", fontsize=8, color=color)
+    for i in np.flatnonzero(confusion.sum(1) == 0):
+        axis.text(2.5, i, "no such frame", ha="center", va="center", fontsize=8, color="grey")
     axis.set_xticks(range(6), [*answers, "other"], rotation=25), axis.set_yticks(range(5), answers)
     axis.set(xlabel="the model says", ylabel="the teacher answers")
     save(figure, path)

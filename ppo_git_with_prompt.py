@@ -437,6 +437,7 @@ def main():
     envs = make_envs(SEED, process)
     writer, began_writing, bar = None, False, None
     try:
+        threads_of_update = torch.get_num_threads() if TRAIN_LORA else TORCH_THREADS  # the simulators rest meanwhile
         torch.set_num_threads(TORCH_THREADS)
         accelerator = Accelerator(cpu=model_file.device().type == "cpu")
         torch.manual_seed(SEED)
@@ -532,7 +533,9 @@ def main():
             keys = ["features", "answer_log_probs", "dropout", "action", "log_prob", "value"] + ["frames"] * TRAIN_LORA
             batch = {key: rollout[key].flatten(0, 1) for key in keys}
             batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
+            torch.set_num_threads(threads_of_update)
             diagnostics = update_policy(model, optimizer, batch, update <= WARMUP_UPDATES, accelerator)
+            torch.set_num_threads(TORCH_THREADS)
             seconds = time.time() - started
             snapshots = [list(half.call("snapshot")) for half in envs]
             everyone = gather_object([{"rng": rng_states(model.device), "episodes": snapshots}])

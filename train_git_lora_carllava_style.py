@@ -42,6 +42,7 @@ CHECKPOINT_DIR = "results/lora_checkpoints"  # the Trainer's, one per epoch; res
 RESUME = False
 SEED = 0
 MIN_FRAMES = 1_000  # fewer training frames are the shipped sample, not a dataset
+MACRO_MIN_FRAMES = 30  # the macro recall leaves out actions with fewer validation frames
 
 LORA_RANK = 32
 LORA_ALPHA = 64
@@ -176,6 +177,8 @@ def validate(model, data, batch_size):
             confusion[true, answers.index(said) if said in answers else 5] += 1
     counts = confusion.sum(1)
     share = counts[counts > 0] / counts.sum()
+    recall = np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
+    frequent = recall[counts >= MACRO_MIN_FRAMES]
     # entropy and shares of first words, so that they compare with the first token's cross-entropy
     words = np.array([counts[(first_words == w).numpy()].sum() for w in first_words.unique()])
     words = words[words > 0] / counts.sum()
@@ -185,11 +188,10 @@ def validate(model, data, batch_size):
         "first_token_entropy": float(-(words * np.log(words)).sum()),
         "exact_match": float(np.trace(confusion[:, :5]) / counts.sum()),
         "majority_share": float(share.max()),
+        "macro_recall": float(frequent.mean()) if len(frequent) else np.nan,
     }
     for i, answer in enumerate(answers):
-        metrics[f"recall_{answer.lower().replace(' ', '_')}"] = (
-            float(confusion[i, i] / counts[i]) if counts[i] else float("nan")
-        )
+        metrics[f"recall_{answer.lower().replace(' ', '_')}"] = float(recall[i])
         metrics[f"count_{answer.lower().replace(' ', '_')}"] = int(counts[i])
     return metrics, confusion
 
@@ -318,6 +320,7 @@ def main():
         globals(), MIN_FRAMES=(int, 1, None), LORA_RANK=(int, 1, None), LORA_ALPHA=(float, 0, None),
         LORA_DROPOUT=(float, 0, 0.99), EPOCHS=(int, 1, None), BATCH_SIZE=(int, 1, None), LEARNING_RATE=(float, 0, 1),
         WEIGHT_DECAY=(float, 0, 1), WARMUP=(float, 0, 1), SEED=(int, 0, None), RESUME=(bool, None, None),
+        MACRO_MIN_FRAMES=(int, 1, None),
     )  # fmt: skip
     began, facts = time.time(), collect_captions.run_facts()
     set_seed(SEED)

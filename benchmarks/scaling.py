@@ -90,15 +90,18 @@ def main():
 def draw(results):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     rows = results["environments"]
-    left.plot(list(rows), [row["decisions_per_second"] for row in rows.values()], "o-")
+    counts = [int(count) for count in rows]
+    left.plot(counts, [row["decisions_per_second"] for row in rows.values()], "o-")
     left.set(xlabel="environments (git-tiny)", ylabel="decisions per second", xscale="log", ylim=(0, None))
-    left.set_xticks(list(rows), [str(count) for count in rows], minor=False)
+    left.set_xticks(counts, [*map(str, counts)])
     left.minorticks_off()
     rows = results["models"]
     right.plot(
         [row["parameters"] for row in rows.values()], [row["decisions_per_second"] for row in rows.values()], "o-"
     )
     right.set(xlabel="parameters of the model (8 environments)", xscale="log", yscale="log")
+    right.set_yticks(ticks := (20, 50, 100, 200, 400), [str(tick) for tick in ticks])
+    right.minorticks_off()
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(OUTPUT / "scaling.png", dpi=130)

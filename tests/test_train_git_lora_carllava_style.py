@@ -46,9 +46,11 @@ def test_validation_counts_what_the_model_says(toy_model, tmp_path, monkeypatch)
     data = stage2.Captions(write_split(tmp_path / "v", ["Accelerate"] * 3 + ["Turn left"] * 2))
     said = iter(["Accelerate", "Accelerate", "Turn left", "Turn left", "nonsense"])
     monkeypatch.setattr(toy_model, "answer", lambda frames: [next(said) for _ in frames])
+    monkeypatch.setattr(stage2, "MACRO_MIN_FRAMES", 3)
     metrics, confusion = stage2.validate(toy_model, data, batch_size=2)
     assert metrics["exact_match"] == pytest.approx(3 / 5) and metrics["majority_share"] == pytest.approx(3 / 5)
     assert metrics["recall_accelerate"] == pytest.approx(2 / 3) and metrics["recall_turn_left"] == 0.5
+    assert metrics["macro_recall"] == metrics["recall_accelerate"]  # two frames of "Turn left" are too few
     assert metrics["count_turn_left"] == 2 and np.isnan(metrics["recall_brake"])
     assert confusion[2].tolist() == [0, 0, 1, 0, 0, 1]
     assert metrics["first_token_entropy"] == pytest.approx(-(0.6 * np.log(0.6) + 0.4 * np.log(0.4)))
