@@ -122,12 +122,12 @@ def parse_answer(text):
 
 
 def fingerprint(git):
-    """A short hash of a base model's word and patch embeddings, stored with an adapter so that it is not put on another base."""
-    weights = (
-        git.git.embeddings.word_embeddings.weight,
-        git.git.image_encoder.vision_model.embeddings.patch_embedding.weight,
-    )
-    return hashlib.sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)).hexdigest()[:16]
+    """A short hash of a base model's weights, stored with an adapter so that it is not put on another base.
+
+    The tensors' names and order, which differ between versions of transformers, do not enter.
+    """
+    digests = (hashlib.sha256(p.detach().float().cpu().numpy().tobytes()).digest() for p in git.parameters())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
 def read_task(adapter):

@@ -31,6 +31,16 @@ def test_bad_frames_are_named(toy_model, bad):
         toy_model(bad)
 
 
+def test_fingerprint_sees_every_weight(toy_base):
+    git, _ = model_file.load_base(toy_base)
+    prints = {model_file.fingerprint(git)}
+    for p in git.parameters():
+        p.data.view(-1)[-1] += 1e-3
+        prints.add(model_file.fingerprint(git))
+    assert len(prints) == 1 + len([*git.parameters()])
+    assert model_file.fingerprint(model_file.load_base(toy_base)[0]) in prints
+
+
 @pytest.fixture
 def hugging_face(toy_base):
     """The same weights in Hugging Face's own class, as it loads them."""

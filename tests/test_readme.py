@@ -10,17 +10,20 @@ from benchmarks import ablations
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-ROWS = re.findall(r"\| ([\d.-]+) ± ([\d.]+) \|.*\(results/published/([\w./]+\.json)\) \|", README)
+CELLS = re.findall(
+    r"\[([\d.-]+) ± ([\d.]+)\]\(results/published/([\w./]+\.json)\), laps (\d+) %, min ([\d-]+) \|", README
+)
 
 
-def test_there_are_rows_to_check():
-    assert len(ROWS) >= 4
+def test_there_are_cells_to_check():
+    assert len(CELLS) >= 10
 
 
-@pytest.mark.parametrize("mean, std, file", ROWS)
-def test_driver_table(mean, std, file):
+@pytest.mark.parametrize("mean, std, file, laps, worst", CELLS)
+def test_driver_table(mean, std, file, laps, worst):
     facts = json.loads((ROOT / "results" / "published" / file).read_text())
-    assert (float(mean), float(std)) == (round(facts["mean"], 1), round(facts["std"], 1))
+    assert (mean, std) == (f"{facts['mean']:.1f}", f"{facts['std']:.1f}")
+    assert (laps, worst) == (f"{facts['laps_finished_percent']:.0f}", f"{facts['min']:.0f}")
 
 
 def test_prompt_table():
