@@ -63,6 +63,7 @@ NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted r
 TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by the backbone's backward pass
 LORA_RANK, LORA_ALPHA = 8, 16
 LORA_LEARNING_RATE = 1e-4
+MICROBATCH_SIZE = 128  # decisions per pass backward through the backbone; a minibatch's gradients add up
 
 EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
@@ -286,26 +287,29 @@ def update_policy(model, optimizer, batch, warming_up, accelerator):
     totals, steps = {}, 0
     for _ in range(K_EPOCHS):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
-            b = {key: x[rows] for key, x in batch.items()}
-            features = model.features(b["frames"]) if TRAIN_LORA and not warming_up else b["features"]
-            logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
             # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
-            advantage = b["advantage"] - accelerator.reduce(b["advantage"].mean(), "mean")
-            terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
-            log_probs, prior = logits.log_softmax(-1), model.prior(b["answer_log_probs"]).log_softmax(-1)
-            terms["kl_to_answers"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
-            loss = VALUE_COEF * terms["value_loss"]
-            if not warming_up:
-                loss = loss + terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + KL_COEF * terms["kl_to_answers"]
-            if not torch.isfinite(loss):
-                raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+            mean_advantage = accelerator.reduce(batch["advantage"][rows].mean(), "mean")
             optimizer.zero_grad()
-            loss.backward()
+            for part in rows.split(MICROBATCH_SIZE if TRAIN_LORA else MINIBATCH_SIZE):
+                b, share = {key: x[part] for key, x in batch.items()}, len(part) / len(rows)
+                features = model.features(b["frames"]) if TRAIN_LORA and not warming_up else b["features"]
+                logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
+                advantage = b["advantage"] - mean_advantage
+                terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
+                log_probs, prior = logits.log_softmax(-1), model.prior(b["answer_log_probs"]).log_softmax(-1)
+                terms["kl_to_answers"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
+                loss = VALUE_COEF * terms["value_loss"]
+                if not warming_up:
+                    loss = loss + terms["policy_loss"] + KL_COEF * terms["kl_to_answers"]
+                    loss = loss - ENTROPY_COEF * terms["entropy"]
+                if not torch.isfinite(loss):
+                    raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+                (share * loss).backward()
+                totals = {key: totals.get(key, 0.0) + share * x.detach() for key, x in terms.items()}
             if accelerator.num_processes > 1:
                 average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
-            totals = {key: totals.get(key, 0.0) + x.detach() for key, x in terms.items()}
             steps += 1
     return {key: x.item() / steps for key, x in accelerator.reduce(totals, "mean").items()}
 
@@ -428,7 +432,7 @@ def main():
         GAMMA=(float, 0, 0.9999), GAE_LAMBDA=(float, 0, 1), CLIP=(float, 0, 1), ENTROPY_COEF=(float, 0, None),
         KL_COEF=(float, 0, None), VALUE_COEF=(float, 0, None), MAX_GRAD_NORM=(float, 0, None),
         NORMALIZE_RETURN=(bool, None, None), TRAIN_LORA=(bool, None, None), EVALUATIONS=(int, 1, None),
-        VIDEO_EVERY=(int, 1, None),
+        MICROBATCH_SIZE=(int, 1, None), VIDEO_EVERY=(int, 1, None),
     )  # fmt: skip
     began, facts = time.time(), collect_captions.run_facts()
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's

@@ -1,5 +1,6 @@
 """PPO's pure parts against independent float64 oracles, and the loop at toy size."""
 
+import copy
 import functools
 import json
 import os
@@ -108,6 +109,28 @@ def test_update_learns_the_better_action_and_warmup_only_the_value(toy_model, co
     ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
     p_after = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
     assert p_after > p_before
+
+
+def test_microbatches_add_up_to_the_minibatch(toy_model, constants):
+    toy_model.add_lora(2, 4)
+    for name, p in toy_model.named_parameters():
+        if "lora_B" in name or name == "policy_head.2.weight":
+            torch.nn.init.normal_(p, std=0.1)
+    frames = torch.randint(0, 256, (20, 96, 96, 3), dtype=torch.uint8)
+    batch = learning_batch(toy_model, frames) | {"frames": frames, "returns": torch.randn(20)}
+    constants(ppo, TRAIN_LORA=True, MINIBATCH_SIZE=20, K_EPOCHS=2)
+    results = []
+    for size in (20, 7):
+        constants(ppo, MICROBATCH_SIZE=size)
+        model = copy.deepcopy(toy_model)
+        parameters = [p for n, p in model.named_parameters() if "lora_" in n]
+        torch.manual_seed(0)
+        diagnostics = ppo.update_policy(model, torch.optim.SGD(parameters, lr=1.0), batch, False, Accelerator(cpu=True))
+        results.append((parameters, diagnostics))
+    (whole, diagnostics), (parts, diagnostics_of_parts) = results
+    assert diagnostics_of_parts == pytest.approx(diagnostics, rel=1e-4, abs=1e-6)
+    for before, p, q in zip((p for n, p in toy_model.named_parameters() if "lora_" in n), whole, parts):
+        assert not torch.equal(before, p) and torch.allclose(p, q, atol=1e-5)
 
 
 def test_not_a_number_stops_the_run(toy_model, constants):
