@@ -54,7 +54,7 @@ def draw_returns(axis, episodes, evaluations, baseline):
     policy = [row for row in evaluations if row["driver"] == "policy"]
     for rows, marker, color, label in (
         (policy, "o-", "tab:orange", "greedy on the validation tracks ± std"),
-        (baseline, "s-", "tab:purple", "SB3 PPO CnnPolicy, the same"),
+        (baseline, "s-", "tab:purple", "SB3 PPO CnnPolicy, same tracks and frames"),
     ):
         if rows:
             x, mean, std = ([float(row[key]) for row in rows] for key in ("env_frames", "mean", "std"))
@@ -68,16 +68,16 @@ def draw_returns(axis, episodes, evaluations, baseline):
 
 
 def draw_reward_curve(results):
-    """reward_curve.png: every return of the run; beside it, once the policy drives, those above 800 enlarged."""
+    """reward_curve.png: every return of the run; beside it, if the policy drove from the start, those above 800 enlarged."""
     logs = [read_log(results / f"{name}_log.csv") for name in ("reward", "eval", "sb3_eval")]
-    drives = any(float(row["mean"]) > 800 for row in logs[1])
+    drives = any(row["update"] == "0" and row["driver"] == "policy" and float(row["mean"]) > 800 for row in logs[1])
     figure, axes = plt.subplots(1, 1 + drives, figsize=(6.5 + 5 * drives, 4.6), layout="constrained", squeeze=False)
     for axis in axes[0]:
         draw_returns(axis, *logs)
     if drives:
         axes[0, 1].set(ylim=(800, 950), ylabel=None, title="from 800 up")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncol=3)
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncol=2 + drives)
     save(figure, results / "reward_curve.png")
 
 
