@@ -1,10 +1,9 @@
 """Which part does it? PPO runs of 150,000 frames with one thing changed, scored on the validation tracks.
 
 Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
-`table()` prints mean ± std over seeds of what is there. The frames, the discount per frame and the frames per update are the
-same in every run.
+At the end it prints `table()`. The frames, the discount per frame and the frames per update are the same in every run.
 
-    python -m benchmarks.ablations      # 8 minutes a run on two CPU cores
+    python -m benchmarks.ablations      # 7 minutes a run on two CPU cores
 """
 
 import json
@@ -75,15 +74,33 @@ def run(changes, seed, path):
 
 
 def table():
-    """The runs that are there, as a Markdown table."""
-    lines = ["| change | each seed: mean ± std over tracks | mean ± std over seeds |", "|---|---|---|"]
+    """The runs that are there, as a Markdown table.
+
+    The last column pairs tracks and seeds with those of "as it is"; its standard error is over tracks, not over seeds.
+    """
+    runs = {name: {} for name in CHANGES}
     for name in CHANGES:
-        rows = [json.loads(p.read_text()) for p in sorted(OUTPUT.glob(f"{name}_seed*.json"))]
-        if rows:
-            means = [row["mean"] for row in rows]
-            each = ", ".join(f"{row['mean']:.1f} ± {row['std']:.1f}" for row in rows)
-            over_seeds = f"{np.mean(means):.1f} ± {np.std(means):.1f}" if len(rows) > 1 else "one seed"
-            lines.append(f"| {name} | {each} | {over_seeds} |")
+        for path in OUTPUT.glob(f"{name}_seed*.json"):
+            row = json.loads(path.read_text())
+            runs[name][row["seed"]] = row
+    lines = [
+        "| change | "
+        + " | ".join(f"seed {seed}" for seed in SEEDS)
+        + " | mean ± std over seeds | minus as it is, paired |",
+        "|---" * (len(SEEDS) + 3) + "|",
+    ]
+    for name, rows in runs.items():
+        if not rows:
+            continue
+        each = [f"{rows[seed]['mean']:.1f} ± {rows[seed]['std']:.1f}" if seed in rows else "" for seed in SEEDS]
+        means = [row["mean"] for row in rows.values()]
+        over_seeds = f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(rows) > 1 else "one seed"
+        pairs = [
+            (row["returns"], runs["as it is"][seed]["returns"]) for seed, row in rows.items() if name != "as it is"
+        ]
+        difference = np.mean([np.subtract(*pair) for pair in pairs], 0) if pairs else None
+        minus = f"{difference.mean():+.1f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.1f}" if pairs else ""
+        lines.append(f"| {name} | {' | '.join(each)} | {over_seeds} | {minus} |")
     return "\n".join(lines)
 
 
