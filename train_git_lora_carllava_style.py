@@ -284,6 +284,7 @@ def card(metrics, trainable, total):
     rows = "\n".join(
         f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in metrics.items()
+        if value == value  # an action that does not occur has no recall
     )
     return f"""---
 base_model: {BASE_MODEL}

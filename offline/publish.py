@@ -57,7 +57,7 @@ def card(run):
 Policy and value head on the last prompt token's hidden state, safetensors; `policy.json` names base and adapter. Made by
 `python ppo_git_with_prompt.py`: seed {constants["SEED"]}, {constants["TOTAL_UPDATES"]} updates of {constants["NUM_ENVS"]} x {constants["NUM_STEPS"]} decisions, {run["seconds"] / 60:.0f} minutes on
 {run["machine"]}, commit {run["git_commit"].rstrip("+")}; the checkpoint is the best of the run on validation tracks 100,000-100,019 by mean - 0.5 std
-([eval_log.csv](../eval_log.csv)). All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation), [held_out/](../held_out).
+([eval_log.csv](../eval_log.csv)). All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation), [held_out/](../held_out), [test/](../test).
 
 With this project:
 
