@@ -5,12 +5,11 @@ backbone's forward pass is in git_forward.py.
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
@@ -19,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 import checks
 import git_forward
-
-ROOT = Path(__file__).resolve().parent
+import policy_card
+import run_files
+from run_files import ROOT
 
 PROMPT = "What should the vehicle do in this scenario?"
 # in logit order: no-op, accelerate, left, right, brake -> the simulator's own index (its 1 is right and its 2 is left)
@@ -34,11 +34,28 @@ MAX_ANSWER_TOKENS = 6
 DEVICE = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one; on CUDA the backbone runs in bfloat16
 
 TASK_FILE = "task.json"  # beside an adapter: what it was trained for
-# every linear layer of decoder, image encoder, projection and word output, by full name: "output" alone also hits blocks
-LORA_TARGETS = (
-    r"(git\.(encoder|image_encoder)\..*\.(query|key|value|dense|q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-    r"|git\.visual_projection\.visual_projection\.0|output)"
+# every linear layer of decoder, image encoder and projection, by full name: PEFT takes a pattern or a list of endings
+BACKBONE_LAYERS = (
+    r"git\.(encoder|image_encoder)\..*\.(query|key|value|dense|q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+    r"|git\.visual_projection\.visual_projection\.0"
 )
+LORA_TARGETS = rf"({BACKBONE_LAYERS}|output)"  # and the word output, which the features do not pass
+
+
+def check_constants():
+    """Raise BadInput if a constant above is of another type or out of range."""
+    checks.check_constants(
+        globals(), PROMPT=(str, None, None), ANSWERS=(dict, None, None), LANGUAGE_PRIOR=(float, 0, None),
+        PRIOR_FLOOR=(float, 1e-6, 1), HEAD_SIZE=(int, 1, None), DROPOUT=(float, 0, 0.99), MAX_ANSWER_TOKENS=(int, 1, None),
+    )  # fmt: skip
+
+
+def policy_constants():
+    """The constants that a trained policy depends on."""
+    return {
+        "prompt": PROMPT, "answers": list(ANSWERS), "language_prior": LANGUAGE_PRIOR, "prior_floor": PRIOR_FLOOR,
+        "head_size": HEAD_SIZE,
+    }  # fmt: skip
 
 
 def device():
@@ -154,12 +171,34 @@ def load_base(base_model):
             source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        if git.config.model_type != "git":
+            raise ValueError(f"it is of type {git.config.model_type}")
     except (OSError, ValueError, SafetensorError) as error:
         raise checks.BadInput(
-            f"BASE_MODEL {base_model!r} is no folder with a GIT model and no model of the Hub: {str(error).splitlines()[0]}"
+            f"BASE_MODEL {base_model!r} is no folder with a GIT model and no GIT model of the Hub "
+            f"({str(error).splitlines()[0]}): use 'offline/git-tiny' or another GIT"
         ) from None
     git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
     return git, processor
+
+
+def load_adapter(git, adapter):
+    """The PEFT model of a base and an adapter folder, from safetensors only; every weight of the adapter must be there."""
+    weights = checks.read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
+    try:
+        git = PeftModel.from_pretrained(git, adapter)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise checks.BadInput(
+            f"{adapter}/adapter_config.json is damaged or does not fit ({str(error).splitlines()[0]}): "
+            "rerun train_git_lora_carllava_style.py"
+        ) from None
+    wrong = weights.keys() ^ get_peft_model_state_dict(git).keys()
+    if wrong:
+        raise checks.BadInput(
+            f"{adapter}/adapter_model.safetensors does not fit its adapter_config.json ({min(wrong)}): "
+            "rerun train_git_lora_carllava_style.py"
+        )
+    return git
 
 
 class GitText2ActionWithPrompt(nn.Module):
@@ -171,10 +210,11 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def __init__(self, git, processor):
         super().__init__()
+        check_constants()
         self.git, self.processor, self.has_lora = git, processor, False
         self._watch()
         tokenizer = processor.tokenizer
-        self.prompt, self.answers = prompt_ids(tokenizer), answer_ids(tokenizer)
+        self.prompt, self.answers = prompt_ids(tokenizer), answer_ids(tokenizer)  # as token ids
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
         hidden = git.config.hidden_size
         self.policy_head = nn.Sequential(nn.Linear(hidden, HEAD_SIZE), nn.Tanh(), nn.Linear(HEAD_SIZE, len(ANSWERS)))
@@ -200,8 +240,7 @@ class GitText2ActionWithPrompt(nn.Module):
                         f"{adapter}/ was trained with {name} {task[name]!r}, GitText2ActionWithPrompt.py has {ours!r}: "
                         "put it back or rerun collect_captions.py and train_git_lora_carllava_style.py"
                     )
-            checks.read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
-            git = PeftModel.from_pretrained(git, adapter).merge_and_unload()
+            git = load_adapter(git, adapter).merge_and_unload()
         return cls(git.eval().requires_grad_(False), processor).to(device())
 
     @classmethod
@@ -218,7 +257,7 @@ class GitText2ActionWithPrompt(nn.Module):
             )
         adapter = ROOT / facts["adapter"] if facts["adapter"] else None
         model = cls.from_pretrained(facts["base_model"], adapter)
-        if adapter and facts["adapter_hash"] != checks.file_hash(adapter / "adapter_model.safetensors"):
+        if adapter and facts["adapter_hash"] != run_files.file_hash(adapter / "adapter_model.safetensors"):
             raise checks.BadInput(
                 f"{folder}/ was trained on another adapter than the one now in {facts['adapter']}/: restore that, or rerun "
                 "ppo_git_with_prompt.py"
@@ -229,8 +268,7 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def add_lora(self, rank, alpha):
         """Add a fresh, trainable LoRA to the (merged) backbone, for the features; the answers stay those without it."""
-        targets = LORA_TARGETS.replace("|output)", ")")  # the features do not pass the word layer
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"({BACKBONE_LAYERS})")
         self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
         self._watch()
 
@@ -257,6 +295,10 @@ class GitText2ActionWithPrompt(nn.Module):
     def _apply(self, *args, **kwargs):  # a move to another device
         self._collected.clear()
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # a fused optimizer, as the Trainer's, changes parameters without raising their version
+        self._collected.clear()
+        return super().train(mode)
 
     def __getstate__(self):  # for copies: oneDNN's matrices cannot be copied
         return self.__dict__ | {"_collected": {}}
@@ -357,25 +399,21 @@ class GitText2ActionWithPrompt(nn.Module):
     # files
 
     def save_policy(self, folder, **facts):
-        """Write `policy.safetensors` (the trained weights) and `policy.json` (`facts`: base, adapter, frame skip...)."""
+        """Write `policy.safetensors` (the trained weights), `policy.json` (`facts`: base, adapter, frame skip...) and a card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.contiguous() for name, p in self.trained_parameters().items()}
-        facts = facts | {
-            "prompt": PROMPT, "answers": list(ANSWERS), "language_prior": LANGUAGE_PRIOR,
-            "prior_floor": PRIOR_FLOOR, "head_size": HEAD_SIZE,
-        }  # fmt: skip
-        checks.write_file(folder / "policy.safetensors", save(weights))
-        checks.write_file(folder / "policy.json", (json.dumps(facts, indent=1) + "\n").encode())
+        run_files.write_file(folder / "policy.safetensors", save(weights))
+        facts = facts | policy_constants()
+        run_files.write_json(folder / "policy.json", facts)
+        place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        run_files.write_file(folder / "README.md", policy_card.card(place, facts).encode())
 
     def load_policy(self, folder):
         """Load what `save_policy` wrote into this model and return its facts."""
         folder = Path(folder)
         facts = checks.read_json(folder / "policy.json")
-        for name, ours in (
-            ("prompt", PROMPT), ("answers", list(ANSWERS)), ("language_prior", LANGUAGE_PRIOR),
-            ("prior_floor", PRIOR_FLOOR), ("head_size", HEAD_SIZE),
-        ):  # fmt: skip
+        for name, ours in policy_constants().items():
             if facts.get(name) != ours:
                 raise checks.BadInput(
                     f"{folder}/ was trained with {name} {facts.get(name)!r}, GitText2ActionWithPrompt.py has {ours!r}: "
@@ -386,13 +424,15 @@ class GitText2ActionWithPrompt(nn.Module):
             self.add_lora(facts["lora_rank"], facts["lora_alpha"])
         if self.has_lora and self.git.peft_config["default"].lora_alpha != facts.get("lora_alpha"):
             raise checks.BadInput(
-                f"{folder}/ was trained with a LoRA of alpha {facts.get('lora_alpha')}, not this model's"
+                f"{folder}/ was trained with a LoRA of alpha {facts.get('lora_alpha')}, not this model's: put it back"
             )
         expected = self.trained_parameters()
         bad = [n for n in expected.keys() | weights.keys() if n not in weights or n not in expected
                or weights[n].shape != expected[n].shape]  # fmt: skip
         if bad:
-            raise checks.BadInput(f"{folder}/policy.safetensors does not fit this model: {', '.join(sorted(bad)[:3])}")
+            raise checks.BadInput(
+                f"{folder}/policy.safetensors does not fit this model ({min(bad)}): rerun ppo_git_with_prompt.py"
+            )
         self.load_state_dict(weights, strict=False)
         return facts
 

@@ -15,6 +15,7 @@ from gymnasium.envs.box2d import car_racing as stock
 from pygame.surfarray import pixels2d
 from pygame.transform import smoothscale
 
+import checks
 from rasterizer import draw_polygons
 
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
@@ -29,6 +30,24 @@ GRASS_PENALTY = 300.0  # reward subtracted by that end
 MISS_PENALTY = 100.0  # subtracted for each tile left behind unvisited; the first one costs the lap, some 30 points
 PENALTY_RAMP = 0.25  # share of the lap over which both penalties grow from 0: a beginner would learn to stand still
 LAP_BONUS = 100.0  # reward added by a finished lap: about what driving on would be worth, as no frame shows the finish
+
+
+def check_constants():
+    """Raise BadInput if a constant above is of another type or out of range."""
+    checks.check_constants(
+        globals(), FRAME_SKIP=(int, 1, MAX_FRAMES), TRAIN_TRACKS=(int, 1, 100_000), REWARD_CLIP=(float, 0, None),
+        GRASS_LIMIT=(int, 1, None), GRASS_PENALTY=(float, 0, None), MISS_PENALTY=(float, 0, None),
+        PENALTY_RAMP=(float, 0, 1), LAP_BONUS=(float, 0, None),
+    )  # fmt: skip
+
+
+def check_frame_skip(folder, facts):
+    """Raise BadInput if the data, adapter or policy in `folder`, described by `facts`, was made with another FRAME_SKIP."""
+    if facts.get("frame_skip") != FRAME_SKIP:
+        raise checks.BadInput(
+            f"{folder}/ was made with FRAME_SKIP = {facts.get('frame_skip')}, car_racing_env.py has {FRAME_SKIP}: put it "
+            "back or rerun the stages"
+        )
 
 
 def gymnasium_parts():
@@ -325,18 +344,6 @@ def make_env(frame_skip, draw=True, **kwargs):
     return FrameSkip(gym.wrappers.TimeLimit(env, MAX_FRAMES), frame_skip, draw)
 
 
-def make_training_env(
-    seed, frame_skip, tracks, reward_clip, grass_limit, grass_penalty, miss_penalty, penalty_ramp, lap_bonus, draw=True
-):
-    """The plain task inside `TrainingRewards`; every value is an argument, so that spawned workers get them too."""
-    return TrainingRewards(
-        make_env(frame_skip, draw),
-        seed,
-        tracks=tracks,
-        reward_clip=reward_clip,
-        grass_limit=grass_limit,
-        grass_penalty=grass_penalty,
-        miss_penalty=miss_penalty,
-        penalty_ramp=penalty_ramp,
-        lap_bonus=lap_bonus,
-    )
+def make_training_env(seed, frame_skip, draw=True, **rewards):
+    """The plain task inside `TrainingRewards(seed, **rewards)`; all are arguments, so that spawned workers get them too."""
+    return TrainingRewards(make_env(frame_skip, draw), seed, **rewards)

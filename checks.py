@@ -1,15 +1,21 @@
-"""What every script does to its input and output: one clear line for what the user can mend, files that appear whole.
+"""What every script does with its input: one clear line for what the user can mend.
 
-Reads and writes what it is told to; every script imports it.
+Reads what it is told to; every script imports it.
 """
 
 import errno
-import hashlib
+import importlib
+import inspect
 import json
+import re
+import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG}
 
 
 class BadInput(ValueError):
@@ -22,11 +28,19 @@ def run(main):
         main()
     except BadInput as error:
         raise SystemExit(f"error: {error}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG):
+    except KeyboardInterrupt:
+        raise SystemExit("stopped by Ctrl-C; what was written before is kept") from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it recurs"
+        ) from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        hidden = re.search("os error|PytorchStreamWriter", str(error))  # in safetensors' and torch's own errors
+        if getattr(error, "errno", None) not in CANNOT_WRITE and not hidden:
             raise
         raise SystemExit(
-            f"error: {error}: make room or choose another folder; what was written before is kept"
+            f"error: cannot write ({str(error).splitlines()[0]}): make room or choose another folder; what was written "
+            "before is kept"
         ) from None
 
 
@@ -52,6 +66,20 @@ def check_constants(script, **ranges):
         raise BadInput(f"{name} = {value!r} in {Path(script['__file__']).name}: {wrong}")
 
 
+def constants_of(*names):
+    """The UPPER_CASE constants of modules by name, for `set_constants` in a spawned process, which imports the files anew."""
+    return {
+        name: {key: x for key, x in vars(sys.modules[name]).items() if key.isupper() and not inspect.ismodule(x)}
+        for name in names
+    }
+
+
+def set_constants(constants):
+    """Assign what `constants_of` returned in another process."""
+    for name, values in constants.items():
+        vars(importlib.import_module(name)).update(values)
+
+
 def read_json(path):
     """A json file's content; BadInput names the file if it is missing or damaged."""
     try:
@@ -66,19 +94,3 @@ def read_weights(path):
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read {path} ({error}): restore it, or run the script that writes it again") from None
-
-
-def write_file(path, content):
-    """Write bytes so that the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def file_hash(path):
-    """A short hash of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -8,15 +8,16 @@ validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact 
 Then: python train_git_lora_carllava_style.py
 """
 
+import contextlib
+import itertools
 import json
 import multiprocessing
-import os
-import platform
 import shutil
-import subprocess
+import signal
+import sys
 import time
-from collections import Counter
-from importlib.metadata import version
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,8 +31,9 @@ from tqdm import tqdm
 import car_racing_env
 import checks
 import GitText2ActionWithPrompt as model_file
+import run_files
+from run_files import ROOT
 
-ROOT = Path(__file__).resolve().parent
 TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 
@@ -157,7 +159,7 @@ def load_teacher(path=None):
 
 def start_worker(constants):
     """Give a spawned process the parent's constants, one thread and the drivers."""
-    globals().update(constants)
+    checks.set_constants(constants)
     torch.set_num_threads(1)
     load_drivers()
 
@@ -165,8 +167,10 @@ def start_worker(constants):
 def load_drivers():
     """Load who answers and, unless the teacher also drives, who drives."""
     global answerer, policy
-    answerer = load_teacher()
-    policy = None if POLICY == "teacher" else model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+    answerer, policy = load_teacher(), None
+    if POLICY != "teacher":
+        policy = model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+        car_racing_env.check_frame_skip(POLICY, checks.read_json(ROOT / POLICY / "policy.json"))
 
 
 @torch.no_grad()
@@ -206,21 +210,42 @@ def collect_episode(job):
     return rows
 
 
+def run_jobs(function, jobs, num_workers, initializer=None, initargs=()):
+    """Yield `function(job)` of each job in order, from spawned processes that stay two jobs ahead of what is taken.
+
+    Close the generator to end them. A process that dies raises BrokenProcessPool; with `Pool.imap` the wait would be endless.
+    Ctrl-C, which a terminal sends to all processes, is left to this one.
+    """
+    jobs = iter(jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer, initargs) as pool:
+        on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes, started now, inherit it
+        ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        try:
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
 def collect_split(folder, first_track, tracks, num_frames):
     """Fill one split's folder with `num_frames` frames and its metadata.jsonl; returns the rows and stuck episodes."""
     folder.mkdir(parents=True)
     rows, stuck = [], 0
     jobs = ((track, str(folder)) for track in range(first_track, first_track + tracks))
-    constants = {k: v for k, v in globals().items() if k.isupper()}
-    # a pool of its own, ended with the split: `imap` runs far ahead of what is needed
+    constants = checks.constants_of(__name__, "car_racing_env", "GitText2ActionWithPrompt")
     with (
-        multiprocessing.get_context("spawn").Pool(NUM_WORKERS, start_worker, (constants,)) as pool,
+        contextlib.closing(run_jobs(collect_episode, jobs, NUM_WORKERS, start_worker, (constants,))) as episodes,
         tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar,
     ):
-        for episode in pool.imap(collect_episode, jobs):
+        for episode in episodes:
             stuck += not episode
             rows += episode
             bar.update(min(len(episode), num_frames - bar.n))
+            bar.set_postfix(stuck=stuck)
             if len(rows) >= num_frames:
                 break
         else:
@@ -253,72 +278,41 @@ def contact_sheet(rows, folder, path, columns=8):
     sheet.save(path)
 
 
-def write_run(folder, script, began, facts):
-    """Write `run.json`: the constants of the script, the model and the world, `facts` (`run_facts()` at the start) and the wall time since `began`."""
-    constants = lambda module: {  # noqa: E731
-        name: str(value) if isinstance(value, range) else value
-        for name, value in module.items()
-        if name.isupper() and isinstance(value, (int, float, str, list, tuple, range, dict))
-    }
-    run = {
-        "script": Path(script["__file__"]).name,
-        "constants": constants(script),
-        "GitText2ActionWithPrompt.py": constants(vars(model_file)),
-        "car_racing_env.py": constants(vars(car_racing_env)),
-        "frame_skip": car_racing_env.FRAME_SKIP,
-        **facts,
-        "seconds": round(time.time() - began, 1),
-    }
-    checks.write_file(Path(folder) / "run.json", (json.dumps(run, indent=1) + "\n").encode())
-
-
-def run_facts():
-    """Git commit (with "+" if the tree has changes), library versions and machine of this run."""
-    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT).stdout.strip()  # noqa: E731
-    packages = ["torch", "transformers", "peft", "gymnasium", "numpy", "numba", "pygame-ce"]
-    return {
-        "git_commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-    }
-
-
 def main():
+    car_racing_env.check_constants()
     checks.check_constants(
         globals(), TRAIN_FRAMES=(int, 1, None), VALIDATION_FRAMES=(int, 1, None), FIRST_TRACK=(int, 0, 99_999),
         FIRST_VALIDATION_TRACK=(int, 100_000, 100_099), KEEP=(float, 0.001, 1), BURST_START=(float, 0, 1),
-        BURST_LONGEST=(int, 1, None), STUCK_LIMIT=(int, 1, None), NUM_WORKERS=(int, 1, None),
+        BURST_LONGEST=(int, 1, None), STUCK_LIMIT=(int, 1, None), NUM_WORKERS=(int, 1, None), POLICY=(str, None, None),
+        TEACHER=(str, None, None), OUTPUT_DIR=(str, None, None),
     )  # fmt: skip
     if ANSWER_BY not in ("teacher", "policy"):
         raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
-    began, facts = time.time(), run_facts()
+    began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
     output = ROOT / OUTPUT_DIR
     partial = output.with_name(output.name + ".partial")
     load_drivers()  # what is missing fails here, not in a worker
-    facts["teacher_hash"] = checks.file_hash(ROOT / TEACHER)
+    facts["teacher_hash"] = run_files.file_hash(ROOT / TEACHER)
     driver = "the teacher" if POLICY == "teacher" else f"the policy in {POLICY}/"
     print(f"{driver} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/, "
           f"{checks.duration(0.0043 * (TRAIN_FRAMES + VALIDATION_FRAMES))}")  # fmt: skip
-    if (output / "metadata.jsonl").exists() or (output / "train").exists():
+    if output.exists():
         print(
             f"replaces what is in {OUTPUT_DIR}/ when done; the shipped sample comes back with: git checkout {OUTPUT_DIR}"
         )
     shutil.rmtree(partial, ignore_errors=True)
     # validation first: it is short, and a mistake shows early
     splits = {
-        "validation": collect_split(partial / "validation", FIRST_VALIDATION_TRACK, 100, VALIDATION_FRAMES),
+        "validation": collect_split(
+            partial / "validation", FIRST_VALIDATION_TRACK, 100_100 - FIRST_VALIDATION_TRACK, VALIDATION_FRAMES
+        ),
         "train": collect_split(partial / "train", FIRST_TRACK, 100_000 - FIRST_TRACK, TRAIN_FRAMES),
     }
     counts = {split: Counter(row["text"] for row in rows) for split, (rows, _) in splits.items()}
     contact_sheet(splits["train"][0], partial / "train", partial / "contact_sheet.png")
     (partial / "README.md").write_text(card(counts, {split: stuck for split, (_, stuck) in splits.items()}))
-    write_run(partial, globals(), began, facts)
-    output.mkdir(exist_ok=True)
-    for item in partial.iterdir():
-        target = output / item.name
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        item.rename(target)
-    partial.rmdir()
+    run_files.write_run(partial, [sys.modules[__name__], model_file, car_racing_env], began, facts)
+    run_files.replace_folder(partial, output)
     print(table(counts))
     print(f"wrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s; next: python train_git_lora_carllava_style.py")
 

@@ -6,14 +6,12 @@ Writes lora_loss.png, reward_curve.png, ppo_losses.png and ppo_diagnostics.png b
     python draw_results.py      # draw them again
 """
 
-import csv
-
 import matplotlib
 import numpy as np
 
 import checks
-import collect_captions
 import GitText2ActionWithPrompt as model_file
+from run_files import ROOT, read_log
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -32,25 +30,16 @@ def save(figure, path):
         partial.unlink(missing_ok=True)
 
 
-def read_log(path):
-    """The whole rows of a CSV log as dicts of strings; [] if it is not there."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values()]  # a full disk cuts the last row short
-
-
-def draw_returns(axis, episodes, evaluations, baseline):
-    """Episodes and their moving mean, evaluations with error bars, answers alone, the 900 line."""
+def draw_returns(axis, episodes, evaluations, baseline, bars=True):
+    """Episodes and their moving mean, evaluations (with error bars if `bars`), answers alone, the 900 line."""
     if episodes:
         frames = np.array([int(row["env_frames"]) for row in episodes])
         returns = np.array([float(row["return"]) for row in episodes])
-        label = "training episodes (sampled actions, early stop)"
+        label = "training episodes (sampled actions, stopped on grass)"
         axis.plot(frames, returns, ".", color="tab:blue", alpha=0.25, ms=4, label=label)
         window = min(50, len(returns))
         mean = np.convolve(returns, np.ones(window) / window, "valid")
-        axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"mean of {window}")
+        axis.plot(frames[window - 1 :], mean, color="tab:blue", label=f"running mean of {window} episodes")
     policy = [row for row in evaluations if row["driver"] == "policy"]
     for rows, marker, color, label in (
         (policy, "o-", "tab:orange", "greedy on the validation tracks ± std"),
@@ -58,12 +47,13 @@ def draw_returns(axis, episodes, evaluations, baseline):
     ):
         if rows:
             x, mean, std = ([float(row[key]) for row in rows] for key in ("env_frames", "mean", "std"))
-            axis.errorbar(x, mean, std, fmt=marker, color=color, ms=5, capsize=3, label=label)
+            axis.errorbar(x, mean, std if bars else None, fmt=marker, color=color, ms=5, capsize=3, label=label)
     for row in evaluations:
         if row["driver"] == "answers":
             axis.axhline(float(row["mean"]), color="tab:green", ls="--", label="answers alone, same tracks")
     axis.axhline(900, color="grey", ls=":", label="900: solved")
-    axis.set(xlabel="environment frames", ylabel="return", ylim=(None, 1000))
+    axis.set(xlabel="environment frames (thousands)", ylabel="return", ylim=(None, 1000))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}")
     axis.grid(alpha=0.3)
 
 
@@ -72,10 +62,11 @@ def draw_reward_curve(results):
     logs = [read_log(results / f"{name}_log.csv") for name in ("reward", "eval", "sb3_eval")]
     drives = any(row["update"] == "0" and row["driver"] == "policy" and float(row["mean"]) > 800 for row in logs[1])
     figure, axes = plt.subplots(1, 1 + drives, figsize=(6.5 + 5 * drives, 4.6), layout="constrained", squeeze=False)
-    for axis in axes[0]:
-        draw_returns(axis, *logs)
+    draw_returns(axes[0, 0], *logs)
     if drives:
-        axes[0, 1].set(ylim=(800, 950), ylabel=None, title="from 800 up")
+        draw_returns(axes[0, 1], *logs, bars=False)
+        axes[0, 0].set(title="all returns")
+        axes[0, 1].set(ylim=(800, 950), ylabel=None, title="returns above 800, means without their ± std")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncol=2 + drives)
     save(figure, results / "reward_curve.png")
@@ -87,8 +78,8 @@ def draw_updates(results, name, columns):
     figure, axes = plt.subplots(1, len(columns), figsize=(2.9 * len(columns), 2.7), layout="constrained")
     for axis, column in zip(axes, columns):
         axis.plot([int(row["env_frames"]) for row in rows], [float(row[column]) for row in rows], lw=1)
-        axis.set(title=column, xlabel="environment frames")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.set(title=column, xlabel="frames (thousands)")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}")
         axis.grid(alpha=0.3)
     save(figure, results / f"{name}.png")
 
@@ -141,12 +132,13 @@ def draw(results):
 
 
 def main():
-    folder = collect_captions.ROOT / RESULTS_DIR
+    folder = ROOT / RESULTS_DIR
     if not (folder / "eval_log.csv").exists():
         raise checks.BadInput(f"no eval_log.csv in {RESULTS_DIR}/: run ppo_git_with_prompt.py first")
     draw(folder)
     if (folder / "lora_log.csv").exists():
         draw_lora_loss(folder)
+    print(f"drew the graphs in {RESULTS_DIR}/")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ The task is the plain one: no reward shaping, no early stop, 1000 frames at most
 """
 
 import functools
-import json
+import multiprocessing
+import signal
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ import car_racing_env
 import checks
 import collect_captions
 import GitText2ActionWithPrompt as model_file
+import run_files
+from run_files import ROOT
 
 DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
 FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,100-100,199 held out, 200,000-200,099 test
@@ -97,45 +100,59 @@ def load_driver(name):
     if name == "answers":
         return Answers(load_answerer(ADAPTER))
     if name == "policy":
-        model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
-        check_frame_skip(POLICY, checks.read_json(collect_captions.ROOT / POLICY / "policy.json"))
+        model = model_file.GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+        car_racing_env.check_frame_skip(POLICY, checks.read_json(ROOT / POLICY / "policy.json"))
         return Policy(model)
     raise checks.BadInput(f"DRIVER = {name!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
 
 
-def driver_files():
-    """Where the driver's weights come from, and a hash of them."""
+def driver_files(driver):
+    """Where the weights of the driver of that name come from, and a hash of them."""
     teacher = Path(collect_captions.TEACHER)
     files = {
         "teacher": (str(teacher.parent), teacher.name),
         "policy": (POLICY, "policy.safetensors"),
         "answers": (ADAPTER, "adapter_model.safetensors"),
     }
-    if DRIVER not in files:
+    if driver not in files:
         return {}
-    folder, name = files[DRIVER]
-    return {"folder": folder, "weights_hash": checks.file_hash(collect_captions.ROOT / folder / name)}
+    folder, name = files[driver]
+    return {"folder": folder, "weights_hash": run_files.file_hash(ROOT / folder / name)}
 
 
 def load_answerer(adapter):
     """The base that an adapter folder names, with the adapter merged."""
-    task = model_file.read_task(collect_captions.ROOT / adapter)
-    check_frame_skip(adapter, task)
-    return model_file.GitText2ActionWithPrompt.from_pretrained(task["base_model"], collect_captions.ROOT / adapter)
-
-
-def check_frame_skip(folder, facts):
-    if facts["frame_skip"] != car_racing_env.FRAME_SKIP:
-        raise checks.BadInput(
-            f"{folder}/ was made with FRAME_SKIP = {facts['frame_skip']}, car_racing_env.py has {car_racing_env.FRAME_SKIP}: "
-            "put it back or rerun the stages"
-        )
+    task = model_file.read_task(ROOT / adapter)
+    car_racing_env.check_frame_skip(adapter, task)
+    return model_file.GitText2ActionWithPrompt.from_pretrained(task["base_model"], ROOT / adapter)
 
 
 def make_eval_env(frame_skip, **kwargs):
     """The plain task with the privileged state in `info` (only the teacher reads it)."""
     env = car_racing_env.make_env(frame_skip, **kwargs)
     return collect_captions.PrivilegedState(env, collect_captions.TILES_AHEAD)
+
+
+def leave_ctrl_c_to_the_parent():
+    """Let a worker process ignore Ctrl-C, which a terminal sends to all processes at once."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_worker_env(frame_skip):
+    """`make_eval_env` for a worker process."""
+    leave_ctrl_c_to_the_parent()
+    return make_eval_env(frame_skip)
+
+
+def close_envs(envs):
+    """End a vector environment's processes, also if one of them is dead already."""
+    try:
+        envs.close(terminate=True)
+    except (EOFError, ConnectionError):
+        for worker in envs.processes:
+            worker.kill()
+        envs.closed = True
 
 
 def evaluate(driver, tracks, num_envs, progress=True):
@@ -146,7 +163,7 @@ def evaluate(driver, tracks, num_envs, progress=True):
     """
     tracks = list(dict.fromkeys(tracks))
     num_envs = min(num_envs, len(tracks))
-    make = functools.partial(make_eval_env, car_racing_env.FRAME_SKIP)
+    make = functools.partial(make_worker_env, car_racing_env.FRAME_SKIP)
     envs = car_racing_env.AsyncVectorEnv([make] * num_envs, "DISABLED")
     results = {}
     waiting = tracks[num_envs:]
@@ -176,8 +193,13 @@ def evaluate(driver, tracks, num_envs, progress=True):
                 seeds = [track if done[i] else None for i, track in enumerate(current)]
                 obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
                 infos["state"][done] = reset_infos["state"][done]
+    except (EOFError, ConnectionError):
+        raise checks.BadInput(
+            "a simulator's process ended (killed, or out of memory?): start again, with a lower NUM_ENVS in evaluate.py if "
+            "it recurs"
+        ) from None
     finally:
-        envs.close()
+        close_envs(envs)
     return [results[track] for track in tracks]
 
 
@@ -193,12 +215,6 @@ def summarize(results):
         "laps_finished_percent": round(100 * float(np.mean([r["end"] == "lap" for r in results])), 1),
         "below_500_percent": round(100 * float((returns < 500).mean()), 1),
     }
-
-
-def write_json(path, facts):
-    """Write a json file that appears whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    checks.write_file(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 @torch.no_grad()
@@ -243,6 +259,16 @@ def record_video(driver, track_seed, path):
             video.append_data(picture)
     partial.replace(path)
     return total
+
+
+def check_display():
+    """Fail before the driving if `watch` will find no screen."""
+    try:
+        pygame.display.init()
+    except pygame.error as error:
+        raise checks.BadInput(
+            f"WATCH = True in evaluate.py, but there is no display ({error}): set it to False"
+        ) from None
 
 
 def watch(driver, track_seed):
@@ -293,11 +319,18 @@ def compose(frame, answer, action, probabilities, speed, total):
 
 
 def main():
+    car_racing_env.check_constants()
     checks.check_constants(
-        globals(), FIRST_TRACK=(int, 0, None), NUM_TRACKS=(int, 1, None), NUM_ENVS=(int, 1, None), SEED=(int, 0, None)
-    )
-    began = time.time()
+        globals(), FIRST_TRACK=(int, 0, None), NUM_TRACKS=(int, 1, None), NUM_ENVS=(int, 1, None), SEED=(int, 0, None),
+        VIDEO=(bool, None, None), WATCH=(bool, None, None), HEAT_MAP=(bool, None, None), ADAPTER=(str, None, None),
+        POLICY=(str, None, None), RESULTS_DIR=(str, None, None),
+    )  # fmt: skip
+    began, facts = time.time(), run_files.run_facts()
     driver = load_driver(DRIVER)
+    results_dir = ROOT / RESULTS_DIR
+    run_files.check_writable(results_dir)
+    if WATCH:
+        check_display()
     tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)
     print(
         f"{DRIVER} drives tracks {tracks[0]}-{tracks[-1]} of {car_racing_env.ENV_ID}, frame skip {car_racing_env.FRAME_SKIP}, "
@@ -308,12 +341,12 @@ def main():
     if isinstance(driver, Answers):
         summary["unparsable_answers"] = driver.unparsable
         summary["answers"] = driver.words
-    path = collect_captions.ROOT / RESULTS_DIR / f"eval_{DRIVER}.json"
-    write_json(
+    path = results_dir / f"eval_{DRIVER}.json"
+    run_files.write_json(
         path,
         {
-            "driver": DRIVER, **driver_files(), "env_id": car_racing_env.ENV_ID, "frame_skip": car_racing_env.FRAME_SKIP,
-            "tracks": [tracks[0], tracks[-1]], **summary, **collect_captions.run_facts(),
+            "driver": DRIVER, **driver_files(DRIVER), "env_id": car_racing_env.ENV_ID, "frame_skip": car_racing_env.FRAME_SKIP,
+            "tracks": [tracks[0], tracks[-1]], **summary, **facts,
             "seconds": round(time.time() - began, 1),
             "returns": [round(r["return"], 2) for r in results], "ends": [r["end"] for r in results],
             "seeds": list(tracks),
@@ -328,6 +361,7 @@ def main():
         print(f"wrote {RESULTS_DIR}/{video.name}")
     if WATCH:
         watch(driver, tracks[0])
+    print("next: another DRIVER or FIRST_TRACK here, or a policy as POLICY in collect_captions.py")
 
 
 if __name__ == "__main__":

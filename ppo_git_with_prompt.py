@@ -13,28 +13,29 @@ advantages are centred but not scaled; the training rewards (car_racing_env.py) 
 does.
 """
 
-import csv
+import collections
+import datetime
 import functools
 import io
-import multiprocessing
 import os
 import pickle
 import shutil
-import signal
+import sys
 import time
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 
 import car_racing_env
 import checks
-import collect_captions
 import draw_results
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
+from run_files import ROOT
 
 SEED = 0
 ADAPTER = "lora_git_caption_model_carllava"  # "" asks the base BASE_WITHOUT_ADAPTER, which was never taught to drive
@@ -111,7 +112,8 @@ def ppo_losses(logits, value, action, old_log_prob, advantage, returns, clip):
 class ReturnNormalizer:
     """Divide rewards by the running standard deviation of the discounted return, as Gymnasium's `NormalizeReward`.
 
-    No mean is subtracted: the sign of a reward stays. The statistics belong in the checkpoint (`state_dict`).
+    No mean is subtracted: the sign of a reward stays. As there, the reward of an episode's last step begins the next sum.
+    The statistics belong in the checkpoint (`state_dict`).
     """
 
     def __init__(self, num_envs, gamma):
@@ -120,7 +122,7 @@ class ReturnNormalizer:
         self.mean, self.var, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, reward, done):
-        """Normalise one step's rewards, float32 (N,); `done` (N,), truncation included, restarts the discounted return."""
+        """Normalise one step's rewards, float32 (N,); `done` (N,), truncation included, forgets the return so far."""
         self.discounted = self.discounted * self.gamma * (1 - done.double()) + reward.double()
         batch_mean, batch_var = self.discounted.mean().item(), self.discounted.var(unbiased=False).item()
         batch_count = len(reward)
@@ -141,39 +143,33 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_worker_env(rank, seed, **settings):
-    """One training environment; in a worker process Ctrl-C is left to the main process."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return car_racing_env.make_training_env(seed * 10_000 + rank, **settings)
+def make_worker_env(index, seed, **settings):
+    """The training environment number `index`, for a worker process."""
+    evaluate.leave_ctrl_c_to_the_parent()
+    return car_racing_env.make_training_env(seed * 10_000 + index, **settings)
 
 
 def env_settings():
     """The training environment's constants as arguments, so that every worker gets this process's values."""
     world = car_racing_env
     return dict(
-        frame_skip=world.FRAME_SKIP,
-        tracks=world.TRAIN_TRACKS,
-        reward_clip=world.REWARD_CLIP,
-        grass_limit=world.GRASS_LIMIT,
-        grass_penalty=world.GRASS_PENALTY,
-        miss_penalty=world.MISS_PENALTY,
-        penalty_ramp=world.PENALTY_RAMP,
-        lap_bonus=world.LAP_BONUS,
-    )
+        frame_skip=world.FRAME_SKIP, tracks=world.TRAIN_TRACKS, reward_clip=world.REWARD_CLIP,
+        grass_limit=world.GRASS_LIMIT, grass_penalty=world.GRASS_PENALTY, miss_penalty=world.MISS_PENALTY,
+        penalty_ramp=world.PENALTY_RAMP, lap_bonus=world.LAP_BONUS,
+    )  # fmt: skip
 
 
-def make_envs(seed, process):
+def make_envs(seed, rank):
     """NUM_ENVS training environments in two halves: while one half simulates, the model looks at the other.
 
-    `process` counts torchrun's processes: each has other tracks. Started before torch starts its threads.
+    `rank` is torchrun's: each process has other tracks. Started before torch starts its threads.
     """
     settings = env_settings()
     return [
         car_racing_env.AsyncVectorEnv(
-            [functools.partial(make_worker_env, int(rank), seed, **settings) for rank in ranks], "SAME_STEP"
+            [functools.partial(make_worker_env, int(index), seed, **settings) for index in half], "SAME_STEP"
         )
-        for ranks in np.array_split(np.arange(NUM_ENVS) + process * NUM_ENVS, 2)
+        for half in np.array_split(np.arange(NUM_ENVS) + rank * NUM_ENVS, 2)
     ]
 
 
@@ -190,9 +186,9 @@ def load_model():
 
 def policy_facts():
     """What a saved policy must remember to be loaded again."""
-    adapter = collect_captions.ROOT / ADAPTER
+    adapter = ROOT / ADAPTER
     base = model_file.read_task(adapter)["base_model"] if ADAPTER else BASE_WITHOUT_ADAPTER
-    adapter_hash = checks.file_hash(adapter / "adapter_model.safetensors") if ADAPTER else ""
+    adapter_hash = run_files.file_hash(adapter / "adapter_model.safetensors") if ADAPTER else ""
     lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA} if TRAIN_LORA else {}
     facts = {"base_model": base, "adapter": ADAPTER, "adapter_hash": adapter_hash}
     return facts | {"frame_skip": car_racing_env.FRAME_SKIP} | lora
@@ -205,9 +201,11 @@ def collect_rollout(halves, frames, model):
     `frames` is a list of two arrays, uint8 (N / 2, 96, 96, 3). Returns the next frames, a dict of tensors (T, N, ...)
     and the finished episodes as `(decision, info)` pairs.
     """
-    rollouts, episodes = ({}, {}), []
+    frames, rollouts, episodes = list(frames), ({}, {}), []
     pending = [None, None]
-    to_float = lambda x: torch.from_numpy(x).to(model.device, torch.float32)  # noqa: E731
+
+    def to_float(x):
+        return torch.from_numpy(x).to(model.device, torch.float32)
 
     def receive(half):
         """Finish the half's step that is under way: its results complete the decision that `act` began."""
@@ -244,7 +242,7 @@ def collect_rollout(halves, frames, model):
             "value": value,
         }
         if TRAIN_LORA:
-            step["frames"] = torch.from_numpy(frames[half].copy())
+            step["frames"] = torch.from_numpy(frames[half])
         halves[half].step_async(evaluate.to_simulator(action))
         pending[half] = step, t
 
@@ -310,6 +308,9 @@ def update_policy(model, optimizer, batch, warming_up, accelerator):
                 average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
+            torch.autograd.graph.increment_version(
+                parameters
+            )  # `model.weights` goes by it, and fused optimizers do not
             steps += 1
     return {key: x.item() / steps for key, x in accelerator.reduce(totals, "mean").items()}
 
@@ -329,74 +330,50 @@ def check_ratio(model, batch):
         )
 
 
-class Log:
-    """A CSV file that grows by one flushed row at a time; a resumed run drops the rows after its checkpoint."""
-
-    def __init__(self, path, resume_after=None):
-        rows = draw_results.read_log(path) if resume_after is not None else []
-        kept = [row for row in rows if int(row["update"]) <= resume_after]
-        self.path, self.fields = path, list(kept[0]) if kept else None
-        if not kept:
-            path.unlink(missing_ok=True)
-            return
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.fields)
-            writer.writeheader()
-            writer.writerows(kept)
-        partial.replace(path)
-
-    def write(self, row):
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.fields or list(row))
-            if self.fields is None:
-                self.fields = list(row)
-                writer.writeheader()
-            writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()})
-
-
-def tensorboard(folder, first_frame):
-    """TensorBoard's writer, or None where it is not installed; what an earlier start wrote from `first_frame` on is hidden."""
+def tensorboard(folder, last_frame):
+    """TensorBoard's writer, or None where it is not installed; what an earlier start wrote after `last_frame` is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder, purge_step=first_frame)
+    return SummaryWriter(folder, purge_step=last_frame + 1)
 
 
-def close_envs(envs):
-    """End the simulators' processes, also if one of them is dead already."""
-    for half in envs:
-        try:
-            half.close(terminate=True)
-        except (EOFError, ConnectionError):
-            for worker in half.processes:
-                worker.kill()
-            half.closed = True
+def log_evaluation(driver, name, update, env_frames, eval_log, writer):
+    """Drive EVAL_TRACKS, log and print the scores; returns what chooses the best policy, mean - STD_WEIGHT * std."""
+    summary = evaluate.summarize(evaluate.evaluate(driver, EVAL_TRACKS, evaluate.NUM_ENVS))
+    eval_log.write({"update": update, "env_frames": env_frames, "driver": name, **summary})
+    if writer:
+        writer.add_scalar(f"eval/{name}_return", summary["mean"], env_frames)
+    tqdm.write(
+        f"update {update}, {name}: {summary['mean']:.1f} ± {summary['std']:.1f} over {len(EVAL_TRACKS)} validation tracks, "
+        f"{summary['laps_finished_percent']:.0f} % laps"
+    )
+    return summary["mean"] - STD_WEIGHT * summary["std"]
 
 
-def run_identity(processes):
-    """What a resumed run must share with the one that it continues."""
-    facts = policy_facts()
-    return {key: x for key, x in facts.items() if key != "adapter"} | {
-        "seed": SEED, "processes": processes, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "train_lora": TRAIN_LORA,
-        "train_tracks": car_racing_env.TRAIN_TRACKS, "prompt": model_file.PROMPT, "answers": list(model_file.ANSWERS),
-        "language_prior": model_file.LANGUAGE_PRIOR, "head_size": model_file.HEAD_SIZE,
+def run_identity(facts, world_size):
+    """What a resumed run must share with the one that it continues, the policy's facts among it."""
+    facts = {key: x for key, x in facts.items() if key != "adapter"}  # its hash says which it is, the folder may move
+    return facts | model_file.policy_constants() | {
+        "seed": SEED, "processes": world_size, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "train_lora": TRAIN_LORA,
+        "train_tracks": car_racing_env.TRAIN_TRACKS, "eval_tracks": str(EVAL_TRACKS), "std_weight": STD_WEIGHT,
     }  # fmt: skip
 
 
-def load_state(path, processes):
-    """The state that the last finished update left, checked against what it depends on."""
+def load_state(path, identity):
+    """The state that the last finished update left, checked against what it depends on; None if there is none yet."""
     if not path.exists():
-        raise checks.BadInput(f"RESUME = True, but there is no {path}: set it to False to start anew")
+        print(f"RESUME = True, but there is no {path}: starts from the beginning")
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["identity"]
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        saved = dict(state)["identity"]
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise checks.BadInput(
             f"cannot read {path} ({(str(error) or repr(error)).splitlines()[0]}): set RESUME to False to start anew"
         ) from None
-    for name, ours in run_identity(processes).items():
+    for name, ours in identity.items():
         if saved.get(name) != ours:
             raise checks.BadInput(
                 f"{path} is of a run with {name} = {saved.get(name)!r}, now {ours!r}: put it back, or set RESUME to False to "
@@ -409,7 +386,7 @@ def save_state(path, state):
     """Replace the resumable state at once, so that a kill at any moment leaves a whole one."""
     buffer = io.BytesIO()  # torch's own file writer hides a full disk behind another error
     torch.save(state, buffer)
-    checks.write_file(path, buffer.getvalue())
+    run_files.write_file(path, buffer.getvalue())
 
 
 def rng_states(device):
@@ -425,6 +402,7 @@ def set_rng_states(states, device):
 
 
 def main():
+    car_racing_env.check_constants()
     checks.check_constants(
         globals(), SEED=(int, 0, None), NUM_ENVS=(int, 2, None), TORCH_THREADS=(int, 1, None), NUM_STEPS=(int, 1, None),
         TOTAL_UPDATES=(int, 1, None), K_EPOCHS=(int, 1, None), MINIBATCH_SIZE=(int, 1, None), RESUME=(bool, None, None),
@@ -432,18 +410,26 @@ def main():
         GAMMA=(float, 0, 0.9999), GAE_LAMBDA=(float, 0, 1), CLIP=(float, 0, 1), ENTROPY_COEF=(float, 0, None),
         KL_COEF=(float, 0, None), VALUE_COEF=(float, 0, None), MAX_GRAD_NORM=(float, 0, None),
         NORMALIZE_RETURN=(bool, None, None), TRAIN_LORA=(bool, None, None), EVALUATIONS=(int, 1, None),
-        MICROBATCH_SIZE=(int, 1, None), VIDEO_EVERY=(int, 1, None),
+        MICROBATCH_SIZE=(int, 1, None), VIDEO_EVERY=(int, 1, None), VIDEO_TRACK=(int, 0, None),
+        LORA_RANK=(int, 1, None), LORA_ALPHA=(float, 0, None), LORA_LEARNING_RATE=(float, 0, 1),
+        STD_WEIGHT=(float, 0, None), EVAL_TRACKS=(range, None, None), ADAPTER=(str, None, None),
+        BASE_WITHOUT_ADAPTER=(str, None, None), RESULTS_DIR=(str, None, None),
     )  # fmt: skip
-    began, facts = time.time(), collect_captions.run_facts()
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    results = collect_captions.ROOT / RESULTS_DIR
-    state = load_state(results / "state.pt", processes) if RESUME else None
-    envs = make_envs(SEED, process)
+    if not EVAL_TRACKS:
+        raise checks.BadInput("EVAL_TRACKS in ppo_git_with_prompt.py is empty: use range(100_000, 100_020)")
+    began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    results, saved_facts = ROOT / RESULTS_DIR, policy_facts()
+    identity = run_identity(saved_facts, world_size)
+    state = load_state(results / "state.pt", identity) if RESUME else None
+    envs = make_envs(SEED, rank)
     writer, began_writing, bar = None, False, None
     try:
         threads_of_update = torch.get_num_threads() if TRAIN_LORA else TORCH_THREADS  # the simulators rest meanwhile
         torch.set_num_threads(TORCH_THREADS)
-        accelerator = Accelerator(cpu=model_file.device().type == "cpu")
+        # the other processes wait while the first one evaluates
+        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
+        accelerator = Accelerator(cpu=model_file.device().type == "cpu", kwargs_handlers=[patience])
         torch.manual_seed(SEED)
         model = load_model()
         groups = [
@@ -455,28 +441,28 @@ def main():
             groups.append({"params": lora, "lr": LORA_LEARNING_RATE})
         optimizer = torch.optim.Adam(groups, eps=1e-5)
         peak_rates = [group["lr"] for group in groups]
-        normalizer = ReturnNormalizer(processes * NUM_ENVS, GAMMA)
+        normalizer = ReturnNormalizer(world_size * NUM_ENVS, GAMMA)
         first_update, episode, env_frames, best = 1, 0, 0, -np.inf
         seconds_before = state["seconds"] if state else 0.0
-        if process:
-            torch.manual_seed(SEED + process)  # the same start, other actions
+        if rank:
+            torch.manual_seed(SEED + rank)  # the same start, other actions
         if state:
             model.load_state_dict(state["model"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             normalizer.load_state_dict(state["normalizer"])
             first_update, episode = state["update"] + 1, state["episode"]
             env_frames, best = state["env_frames"], state["best"]
-            set_rng_states(state["processes"][process]["rng"], model.device)
-            for half, snapshots in zip(envs, state["processes"][process]["episodes"]):
+            set_rng_states(state["processes"][rank]["rng"], model.device)
+            for half, snapshots in zip(envs, state["processes"][rank]["episodes"]):
                 half.set_attr("resume_from", snapshots)
-        frames_per_update = processes * NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
+        frames_per_update = world_size * NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
         results.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             decisions = (TOTAL_UPDATES - first_update + 1) * NUM_ENVS * NUM_STEPS
-            expected = 0.0036 * decisions + 1.5 * EVALUATIONS * len(EVAL_TRACKS)
+            expected = (0.02 if TRAIN_LORA else 0.0036) * decisions + 1.5 * EVALUATIONS * len(EVAL_TRACKS)
             print(
                 f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in "
-                f"{processes * NUM_ENVS} environments, {sum(p.numel() for g in groups for p in g['params']):,} parameters "
+                f"{world_size * NUM_ENVS} environments, {sum(p.numel() for g in groups for p in g['params']):,} parameters "
                 f"train; writes {RESULTS_DIR}/, {checks.duration(expected)} for git-tiny"
             )
             began_writing = True
@@ -487,30 +473,19 @@ def main():
                 shutil.rmtree(results / "tensorboard", ignore_errors=True)
             resume_after = state["update"] if state else None
             reward_log, update_log, eval_log = (
-                Log(results / f"{name}_log.csv", resume_after) for name in ("reward", "update", "eval")
+                run_files.Log(results / f"{name}_log.csv", keep_until=resume_after)
+                for name in ("reward", "update", "eval")
             )
             writer = tensorboard(results / "tensorboard", env_frames)
         driver = evaluate.Policy(model)
 
-        def run_evaluation(update, name, act):
-            scores = evaluate.evaluate(act, EVAL_TRACKS, evaluate.NUM_ENVS)
-            summary = evaluate.summarize(scores)
-            eval_log.write({"update": update, "env_frames": env_frames, "driver": name, **summary})
-            draw_results.draw(results)
-            if writer:
-                writer.add_scalar(f"eval/{name}_return", summary["mean"], env_frames)
-            tqdm.write(
-                f"update {update}, {name}: {summary['mean']:.1f} ± {summary['std']:.1f} over {len(scores)} validation tracks, "
-                f"{summary['laps_finished_percent']:.0f} % laps"
-            )
-            return summary["mean"] - STD_WEIGHT * summary["std"]
-
         if accelerator.is_main_process and not state:
-            run_evaluation(0, "answers", evaluate.Answers(model))
-            best = run_evaluation(0, "policy", driver)
-            model.save_policy(results / "policy", **policy_facts())
+            log_evaluation(evaluate.Answers(model), "answers", 0, 0, eval_log, writer)
+            best = log_evaluation(driver, "policy", 0, 0, eval_log, writer)
+            draw_results.draw(results)
+            model.save_policy(results / "policy", **saved_facts)
         frames = [half.reset()[0] for half in envs]
-        recent = []
+        recent = collections.deque(maxlen=50)
         bar = tqdm(
             range(first_update, TOTAL_UPDATES + 1), initial=first_update - 1, total=TOTAL_UPDATES, unit="update",
             disable=not accelerator.is_main_process,
@@ -543,28 +518,28 @@ def main():
             seconds = time.time() - started
             snapshots = [list(half.call("snapshot")) for half in envs]
             everyone = gather_object([{"rng": rng_states(model.device), "episodes": snapshots}])
-            episodes = sorted(gather_object(episodes), key=lambda episode: episode[0])
+            episodes = sorted(gather_object(episodes), key=lambda finished: finished[0])
             if not accelerator.is_main_process:
                 continue
 
             for decision, info in episodes:
                 episode += 1
+                frame = env_frames + (decision + 1) * frames_per_update // NUM_STEPS
                 reward_log.write({
-                    "episode": episode, "update": update,
-                    "env_frames": env_frames + (decision + 1) * frames_per_update // NUM_STEPS,
+                    "episode": episode, "update": update, "env_frames": frame,
                     "return": float(info["episode_return"]), "length": int(info["episode_length"]),
                     "end": info["end"], "track_seed": int(info["track_seed"]),
                 })  # fmt: skip
-                recent = [*recent, float(info["episode_return"])][-50:]
+                recent.append(float(info["episode_return"]))
                 if writer:
-                    writer.add_scalar("charts/episodic_return", info["episode_return"], env_frames)
+                    writer.add_scalar("charts/episodic_return", info["episode_return"], frame)
                 if episode == 10 or episode % VIDEO_EVERY == 0:
                     evaluate.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
             env_frames += frames_per_update
             row = {
                 "update": update, "env_frames": env_frames, "learning_rate": optimizer.param_groups[0]["lr"], **diagnostics,
                 "explained_variance": explained_variance(batch["value"], batch["returns"]),
-                "decisions_per_second": processes * NUM_ENVS * NUM_STEPS / seconds,
+                "decisions_per_second": world_size * NUM_ENVS * NUM_STEPS / seconds,
                 "update_share": 1 - rollout_seconds / seconds, "seconds": seconds,
             }  # fmt: skip
             update_log.write(row)
@@ -572,18 +547,19 @@ def main():
                 for key, x in row.items():
                     writer.add_scalar(f"losses/{key}", x, env_frames)
             bar.set_postfix(
-                reward=f"{np.mean(recent):.0f}" if recent else "-", fps=f"{frames_per_update / seconds:.0f}"
+                episodic_return=f"{np.mean(recent):.0f}" if recent else "-", fps=f"{frames_per_update / seconds:.0f}"
             )
             evaluations_done = update * EVALUATIONS // TOTAL_UPDATES
             if evaluations_done > (update - 1) * EVALUATIONS // TOTAL_UPDATES:
-                score = run_evaluation(update, "policy", driver)
+                score = log_evaluation(driver, "policy", update, env_frames, eval_log, writer)
+                draw_results.draw(results)
                 if score > best:
                     best = score
-                    model.save_policy(results / "policy", **policy_facts())
+                    model.save_policy(results / "policy", **saved_facts)
             save_state(results / "state.pt", {
                 "model": model.trained_parameters(), "optimizer": optimizer.state_dict(),
                 "normalizer": normalizer.state_dict(), "update": update, "episode": episode, "env_frames": env_frames,
-                "best": float(best), "processes": everyone, "identity": run_identity(processes),
+                "best": float(best), "processes": everyone, "identity": identity,
                 "seconds": seconds_before + time.time() - began,
             })  # fmt: skip
         if accelerator.is_main_process:
@@ -591,9 +567,9 @@ def main():
             total = evaluate.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
             print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
     except KeyboardInterrupt:
-        print(
-            "\nstopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues after the last update"
-        )
+        raise SystemExit(
+            "stopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues after the last update"
+        ) from None
     except (EOFError, ConnectionError):
         raise checks.BadInput(
             "a simulator's process ended (killed, or out of memory?): RESUME = True continues after the last update; "
@@ -602,13 +578,16 @@ def main():
     finally:
         if bar is not None:
             bar.close()
-        close_envs(envs)
+        for half in envs:
+            evaluate.close_envs(half)
         if writer:
             writer.close()
         if began_writing:
+            modules = [sys.modules[__name__], model_file, car_racing_env]
+            run_files.write_run(results, modules, began - seconds_before, facts)
             draw_results.draw(results)
-            collect_captions.write_run(results, globals(), began - seconds_before, facts)
-    if process == 0:
+    accelerator.end_training()
+    if rank == 0:
         print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
 
 

@@ -11,11 +11,11 @@ supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding.
 Then: python ppo_git_with_prompt.py
 """
 
-import csv
 import functools
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -29,10 +29,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import car_racing_env
 import checks
-import collect_captions
 import draw_results
 import git_forward
 import GitText2ActionWithPrompt as model_file
+import run_files
+from run_files import ROOT
 
 BASE_MODEL = "offline/git-tiny"  # any GIT checkpoint; for the Hub's: "microsoft/git-base"
 DATA_DIR = "CarRacing-Data"
@@ -65,22 +66,26 @@ class Captions(torch.utils.data.Dataset):
         if not metadata.exists():
             raise checks.BadInput(f"no captions in {self.folder}: run collect_captions.py first")
         self.rows, answers = [], list(model_file.ANSWERS)
-        for number, line in enumerate(metadata.read_text().splitlines(), 1):
+        for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
-                name, text, prompt = row["file_name"], row["text"], row["prompt"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                name, text, prompt = str(row["file_name"]), row["text"], row["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
                 raise checks.BadInput(
                     f"{metadata}:{number} is no caption row ({error!r}): rerun collect_captions.py"
                 ) from None
             if text not in answers:
-                raise checks.BadInput(f"{metadata}:{number}: unknown answer {text!r}, ANSWERS are {', '.join(answers)}")
+                raise checks.BadInput(
+                    f"{metadata}:{number}: unknown answer {text!r}: rerun collect_captions.py, or put it into ANSWERS"
+                )
             if prompt != model_file.PROMPT:
                 raise checks.BadInput(
                     f"{metadata}:{number}: prompt {prompt!r} is not PROMPT: rerun collect_captions.py"
                 )
             if not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
-                raise checks.BadInput(f"{metadata}:{number}: {name!r} leaves the dataset's folder")
+                raise checks.BadInput(
+                    f"{metadata}:{number}: {name!r} leaves the dataset's folder: rerun collect_captions.py"
+                )
             self.check_image(name)
             self.rows.append((name, answers.index(text)))
         if not self.rows:
@@ -91,13 +96,13 @@ class Captions(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         name, answer = self.rows[index]
-        with Image.open(self.folder / name) as image:
+        with Image.open(self.folder / name, formats=["PNG"]) as image:
             return np.asarray(image.convert("RGB")), answer
 
     def check_image(self, name):
         """Whether the file is whole and of the others' size, without decoding it: 0.1 ms."""
         try:
-            with Image.open(self.folder / name) as image:
+            with Image.open(self.folder / name, formats=["PNG"]) as image:
                 size = image.size
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -105,7 +110,8 @@ class Captions(torch.utils.data.Dataset):
         self.size = getattr(self, "size", size)
         if size != self.size:
             raise checks.BadInput(
-                f"{self.folder / name} is {size[0]} x {size[1]}, others {self.size[0]} x {self.size[1]}"
+                f"{self.folder / name} is {size[0]} x {size[1]}, others {self.size[0]} x {self.size[1]}: rerun "
+                "collect_captions.py"
             )
 
 
@@ -154,39 +160,36 @@ def validate(model, data, batch_size):
     Returns metrics and the confusion matrix, int64 (5, 6): teacher's answer by generated answer, the last column for
     words that are no answer.
     """
-    collate = Collator(model.processor)
-    answers = list(model_file.ANSWERS)
-    first_words = torch.tensor([ids[0] for ids in model.answers])
-    confusion = np.zeros((5, 6), dtype=np.int64)
-    losses, first_token = [], []
-    for rows in torch.arange(len(data)).split(batch_size):
-        frames, truth = zip(*(data[i] for i in rows))
-        batch = {key: x.to(model.device) for key, x in collate(list(zip(frames, truth))).items()}
-        frames, truth = np.stack(frames), torch.tensor(truth)
+    collate, answers = Collator(model.processor), list(model_file.ANSWERS)
+    first_words, last = torch.tensor([ids[0] for ids in model.answers]), len(model.prompt) - 1
+    confusion = np.zeros((len(answers), len(answers) + 1), dtype=np.int64)
+    loss, first_token_loss, tokens = 0.0, 0.0, 0
+    for indices in torch.arange(len(data)).split(batch_size):
+        rows = [data[i] for i in indices]
+        batch = {key: x.to(model.device) for key, x in collate(rows).items()}
+        labels, truth = batch["labels"][:, 1:], torch.tensor([answer for _, answer in rows])
         logits = model.git(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"]).logits
         logits = logits[:, -batch["labels"].shape[1] :]  # the text rows
-        losses.append(
-            (
-                F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100),
-                len(rows),
-            )
-        )
-        last = len(model.prompt) - 1
-        first_token.append(F.cross_entropy(logits[:, last].cpu(), first_words[truth], reduction="sum").item())
-        for said, true in zip(model.answer(frames), truth.tolist()):
-            confusion[true, answers.index(said) if said in answers else 5] += 1
+        loss += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        ).item()
+        tokens += (labels != -100).sum().item()
+        first_token_loss += F.cross_entropy(logits[:, last].cpu(), first_words[truth], reduction="sum").item()
+        said = model.answer(np.stack([frame for frame, _ in rows]))
+        for text, true in zip(said, truth.tolist()):
+            confusion[true, answers.index(text) if text in answers else -1] += 1
     counts = confusion.sum(1)
     share = counts[counts > 0] / counts.sum()
     recall = np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
     frequent = recall[counts >= MACRO_MIN_FRAMES]
     # entropy and shares of first words, so that they compare with the first token's cross-entropy
-    words = np.array([counts[(first_words == w).numpy()].sum() for w in first_words.unique()])
-    words = words[words > 0] / counts.sum()
+    words = np.array([counts[(first_words == w).numpy()].sum() for w in first_words.unique()]) / counts.sum()
+    words = words[words > 0]
     metrics = {
-        "validation_loss": sum(loss.item() * n for loss, n in losses) / len(data),
-        "first_token_loss": sum(first_token) / len(data),
+        "validation_loss": loss / tokens,
+        "first_token_loss": first_token_loss / len(data),
         "first_token_entropy": float(-(words * np.log(words)).sum()),
-        "exact_match": float(np.trace(confusion[:, :5]) / counts.sum()),
+        "exact_match": float(np.trace(confusion) / counts.sum()),
         "majority_share": float(share.max()),
         "macro_recall": float(frequent.mean()) if len(frequent) else np.nan,
     }
@@ -196,12 +199,24 @@ def validate(model, data, batch_size):
     return metrics, confusion
 
 
+class AnswerTrainer(Trainer):
+    """The Trainer, but a loss that is not finite ends the run before it spoils the adapter."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise checks.BadInput(
+                "the LoRA loss is not finite: lower LEARNING_RATE in train_git_lora_carllava_style.py; the last adapter "
+                "and the checkpoints are kept"
+            )
+        return loss
+
+
 class EpochReport(TrainerCallback):
     """After every epoch: validate, print a row, append it to lora_log.csv and redraw the graphs."""
 
     def __init__(self, model, data, results):
         self.model, self.data, self.results, self.metrics = model, data, results, None
-        self.log = results / "lora_log.csv"
         self.began = time.time()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -216,15 +231,10 @@ class EpochReport(TrainerCallback):
             **self.metrics,
             "seconds": time.time() - self.began,
         }
-        row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
-        earlier = draw_results.read_log(self.log) if row["epoch"] > 1 else []
-        rows = [r for r in earlier if int(r["epoch"]) < row["epoch"]] + [row]  # a resumed run repeats an epoch
-        partial = self.log.with_name(self.log.name + ".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.log)
+        log = run_files.Log(
+            self.results / "lora_log.csv", "epoch", row["epoch"] - 1 or None
+        )  # a resumed run repeats an epoch
+        log.write(row)
         recalls = "  ".join(
             f"{a} {confusion[i, i] / max(confusion[i].sum(), 1):.2f} of {confusion[i].sum()}"
             for i, a in enumerate(model_file.ANSWERS)
@@ -241,9 +251,9 @@ class EpochReport(TrainerCallback):
 
 def run_identity(base_fingerprint):
     """What a resumed run must share with the one that it continues."""
-    data = collect_captions.ROOT / DATA_DIR / "train" / "metadata.jsonl"
+    data = ROOT / DATA_DIR / "train" / "metadata.jsonl"
     return {
-        "base": base_fingerprint, "data": checks.file_hash(data), "rank": LORA_RANK, "alpha": LORA_ALPHA,
+        "base": base_fingerprint, "data": run_files.file_hash(data), "rank": LORA_RANK, "alpha": LORA_ALPHA,
         "dropout": LORA_DROPOUT, "epochs": EPOCHS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE,
         "seed": SEED, "processes": int(os.environ.get("WORLD_SIZE", 1)), "prompt": model_file.PROMPT,
     }  # fmt: skip
@@ -251,8 +261,8 @@ def run_identity(base_fingerprint):
 
 def prepare_checkpoints(folder, identity, first_process):
     """The checkpoint to resume from, None for a fresh start, which clears what an earlier run left there."""
-    if RESUME:
-        checkpoint = last_complete_checkpoint(folder)
+    checkpoint = last_complete_checkpoint(folder) if RESUME else None
+    if checkpoint:
         saved = checks.read_json(folder / "identity.json")
         for name, ours in identity.items():
             if saved.get(name) != ours:
@@ -264,12 +274,12 @@ def prepare_checkpoints(folder, identity, first_process):
     if first_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        checks.write_file(folder / "identity.json", json.dumps(identity, indent=1).encode())
+        run_files.write_json(folder / "identity.json", identity)
     return None
 
 
 def last_complete_checkpoint(folder):
-    """The newest of the Trainer's checkpoints whose trainer_state.json parses; the first process writes that last."""
+    """The newest of the Trainer's checkpoints whose trainer_state.json parses, or None; the first process writes that last."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
         try:
@@ -277,7 +287,8 @@ def last_complete_checkpoint(folder):
             return str(checkpoint)
         except (OSError, json.JSONDecodeError):
             print(f"{checkpoint.name} is not complete: the one before is used")
-    raise checks.BadInput(f"RESUME = True, but {folder} has no complete checkpoint: set it to False to start anew")
+    print(f"RESUME = True, but {folder} has no complete checkpoint: starts from the beginning")
+    return None
 
 
 def card(metrics, trainable, total):
@@ -321,20 +332,26 @@ def main():
         globals(), MIN_FRAMES=(int, 1, None), LORA_RANK=(int, 1, None), LORA_ALPHA=(float, 0, None),
         LORA_DROPOUT=(float, 0, 0.99), EPOCHS=(int, 1, None), BATCH_SIZE=(int, 1, None), LEARNING_RATE=(float, 0, 1),
         WEIGHT_DECAY=(float, 0, 1), WARMUP=(float, 0, 1), SEED=(int, 0, None), RESUME=(bool, None, None),
-        MACRO_MIN_FRAMES=(int, 1, None),
+        MACRO_MIN_FRAMES=(int, 1, None), BASE_MODEL=(str, None, None), DATA_DIR=(str, None, None),
+        OUTPUT_DIR=(str, None, None), RESULTS_DIR=(str, None, None), CHECKPOINT_DIR=(str, None, None),
     )  # fmt: skip
-    began, facts = time.time(), collect_captions.run_facts()
+    began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
     set_seed(SEED)
-    root = collect_captions.ROOT
+    root = ROOT
     train, validation = (Captions(root / DATA_DIR / split) for split in ("train", "validation"))
     if len(train) < MIN_FRAMES:
         raise checks.BadInput(
             f"{DATA_DIR}/ has {len(train)} training frames, only the shipped sample: run collect_captions.py first"
         )
-    skip = checks.read_json(root / DATA_DIR / "run.json")["frame_skip"]
-    if skip != car_racing_env.FRAME_SKIP:
+    car_racing_env.check_frame_skip(DATA_DIR, checks.read_json(root / DATA_DIR / "run.json"))
+    if len(train) < BATCH_SIZE * int(os.environ.get("WORLD_SIZE", 1)):
         raise checks.BadInput(
-            f"{DATA_DIR}/ has FRAME_SKIP = {skip}, car_racing_env.py {car_racing_env.FRAME_SKIP}: rerun collect_captions.py"
+            f"BATCH_SIZE = {BATCH_SIZE} in train_git_lora_carllava_style.py, but {DATA_DIR}/ has {len(train)} training "
+            "frames: lower it"
+        )
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and model_file.device().type == "cuda":
+        raise checks.BadInput(
+            "several GPUs: start with torchrun --standalone --nproc_per_node=<GPUs>, or hide all but one"
         )
     git, processor = model_file.load_base(BASE_MODEL)
     base_fingerprint = model_file.fingerprint(git)
@@ -342,6 +359,8 @@ def main():
     identity = run_identity(base_fingerprint)
     facts["data_hash"] = identity["data"]
     checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, identity, first_process)
+    output, results = root / OUTPUT_DIR, root / RESULTS_DIR
+    run_files.check_writable(output.parent), run_files.check_writable(results)
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
     )
@@ -356,10 +375,8 @@ def main():
             f"{checks.duration(0.0055 * EPOCHS * len(train))} for git-tiny"
         )
     model = model_file.GitText2ActionWithPrompt(git, processor)
-    results = root / RESULTS_DIR
-    results.mkdir(parents=True, exist_ok=True)
     report = EpochReport(model, validation, results)
-    trainer = Trainer(
+    trainer = AnswerTrainer(
         git,
         TrainingArguments(
             output_dir=str(root / CHECKPOINT_DIR),
@@ -379,21 +396,17 @@ def main():
             dataloader_drop_last=True,
             report_to="none",
             seed=SEED,
+            ddp_timeout=6 * 3600,  # seconds: the others wait while the first process validates
         ),
         data_collator=Collator(processor),
         train_dataset=train,
         callbacks=[report],
     )
-    if trainer.args.n_gpu > 1:
-        raise checks.BadInput(
-            "several GPUs: start with torchrun --standalone --nproc_per_node=<GPUs>, or hide all but one"
-        )
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return
     if report.metrics is None:  # resumed after the last epoch
         report.metrics, _ = validate(model.eval(), validation, BATCH_SIZE)
-    output = root / OUTPUT_DIR
     if output.exists():
         print(f"replaces {OUTPUT_DIR}/; the shipped adapter comes back with: git checkout {OUTPUT_DIR}")
     partial = output.with_name(output.name + ".partial")
@@ -406,10 +419,9 @@ def main():
         "base_model": BASE_MODEL, "base_fingerprint": base_fingerprint, "prompt": model_file.PROMPT,
         "answers": list(model_file.ANSWERS), "frame_skip": car_racing_env.FRAME_SKIP,
     }  # fmt: skip
-    (partial / model_file.TASK_FILE).write_text(json.dumps(task, indent=1) + "\n")
-    collect_captions.write_run(partial, globals(), began, facts)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    run_files.write_json(partial / model_file.TASK_FILE, task)
+    run_files.write_run(partial, [sys.modules[__name__], model_file, car_racing_env], began, facts)
+    run_files.replace_folder(partial, output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(
         f"average loss {losses[0]:.2f} -> {losses[-1]:.2f}; the reference printed "

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+import run_files
+
 OUTPUT = Path(__file__).parent / "ablations"
 SEEDS = (1, 2)
 FRAMES = 150_000
@@ -36,7 +38,6 @@ CHANGES = {
 def run(changes, seed, path):
     """One PPO run in this process; its last policy's score on TRACKS goes to `path`."""
     import car_racing_env
-    import collect_captions
     import evaluate
     import GitText2ActionWithPrompt as model_file
     import ppo_git_with_prompt as ppo
@@ -46,7 +47,7 @@ def run(changes, seed, path):
         for name, value in constants.items():
             setattr(modules[module], name, value)
     skip = car_racing_env.FRAME_SKIP
-    evaluate.check_frame_skip = lambda *args: None  # the adapter was taught at skip 2: that is the experiment
+    car_racing_env.check_frame_skip = lambda *args: None  # the adapter was taught at skip 2: that is the experiment
     ppo.GAMMA **= skip / 2
     ppo.NUM_STEPS = ppo.NUM_STEPS * 2 // skip
     ppo.SEED, ppo.TOTAL_UPDATES = seed, round(FRAMES / (ppo.NUM_ENVS * ppo.NUM_STEPS * skip))
@@ -67,10 +68,16 @@ def run(changes, seed, path):
     with tempfile.TemporaryDirectory() as folder:
         ppo.RESULTS_DIR = folder
         ppo.main()
-    facts = {"changes": changes, "seed": seed, "frames": ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * skip}
+    schedule = {"gamma": ppo.GAMMA, "num_steps": ppo.NUM_STEPS, "total_updates": ppo.TOTAL_UPDATES}
+    facts = {
+        "changes": changes,
+        "seed": seed,
+        **schedule,
+        "frames": ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * skip,
+    }
     summary = evaluate.summarize(scores["last"])
     returns = [round(score["return"], 1) for score in scores["last"]]
-    evaluate.write_json(path, facts | summary | {"returns": returns} | collect_captions.run_facts())
+    run_files.write_json(path, facts | summary | {"returns": returns} | run_files.run_facts())
 
 
 def table():

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 
 POLICY = "results/published/policy"
 TRACKS = range(100_000, 100_020)
@@ -75,7 +75,7 @@ def sheet(frames, path, columns=6, size=192):
 
 
 def main():
-    model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
+    model = model_file.GitText2ActionWithPrompt.from_policy(run_files.ROOT / POLICY)
     watched = Watched(model)
     scores = evaluate.evaluate(watched, TRACKS, evaluate.NUM_ENVS)
     results = {
@@ -87,7 +87,7 @@ def main():
         "policy": POLICY,
     }
     sheet(watched.frames, OUTPUT / "agreement.png")
-    evaluate.write_json(OUTPUT / "agreement.json", results | collect_captions.run_facts())
+    run_files.write_json(OUTPUT / "agreement.json", results | run_files.run_facts())
     for name in ("before_ppo", "after_ppo"):
         print(
             name, "  ".join(f"{a} {row['agreement']:.1%} of {row['decisions']:,}" for a, row in results[name].items())

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-import collect_captions
-import evaluate
+import run_files
 
 RESULTS = Path(__file__).parent / "results.json"
 ROUNDS = 7
@@ -41,7 +40,7 @@ def record(claim, measure, peer, ours, **note):
         f"peer_{measure}": round(float(np.median(peer)), 3),
         f"ours_{measure}": round(float(np.median(ours)), 3),
         **note,
-        **collect_captions.run_facts(),
+        **run_files.run_facts(),
     }
-    evaluate.write_json(RESULTS, results)
+    run_files.write_json(RESULTS, results)
     print(f"{claim}: {results[claim]['median_ratio']}x {results[claim]['ratio_range']}", flush=True)

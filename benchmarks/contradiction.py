@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 import train_git_lora_carllava_style as stage2
 
 NEAREST = (0.01, 0.05, 0.25, 1.0)  # shares of the validation frames, the most alike pairs first
@@ -26,7 +26,7 @@ OUTPUT = Path(__file__).parent / "contradiction.json"
 
 def load(split):
     """The split, its frames in grey, float32 (N, 2304) of 48 x 48 pixels, and its answers, int64 (N,)."""
-    data = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / split)
+    data = stage2.Captions(run_files.ROOT / stage2.DATA_DIR / split)
     frames, answers = [], []
     for frame, answer in tqdm((data[i] for i in range(len(data))), total=len(data), desc=split, leave=False):
         grey = torch.tensor(frame, dtype=torch.float32).mean(-1)
@@ -61,8 +61,8 @@ def main():
         names[i]: {"frames": int((truth == i).sum()), "contradicted": round(contradicts[truth == i].float().mean().item(), 4)}
         for i in np.unique(truth)
     }  # fmt: skip
-    facts = {"training_frames": len(frames), "validation_frames": len(seen)} | collect_captions.run_facts()
-    evaluate.write_json(OUTPUT, {"nearest": rows, "by_answer": by_answer} | facts)
+    facts = {"training_frames": len(frames), "validation_frames": len(seen)} | run_files.run_facts()
+    run_files.write_json(OUTPUT, {"nearest": rows, "by_answer": by_answer} | facts)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import GitConfig, GitForCausalLM, Trainer, TrainingArguments
 
-import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 import train_git_lora_carllava_style as stage2
 from benchmarks import compare
 
@@ -28,7 +28,7 @@ LORA_BATCH = 32
 
 def load_frames(count):
     """Frames of the dataset's sample, uint8 (count, 96, 96, 3)."""
-    data = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / "train")
+    data = stage2.Captions(run_files.ROOT / stage2.DATA_DIR / "train")
     return np.stack([data[i][0] for i in range(count)])
 
 
@@ -112,7 +112,7 @@ class PerSample(torch.utils.data.Dataset):
 @torch.enable_grad()
 def compare_lora_epoch():
     """One epoch of `Trainer` over the shipped sample, with the same LoRA."""
-    captions = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / "train")
+    captions = stage2.Captions(run_files.ROOT / stage2.DATA_DIR / "train")
 
     def trainer(ours):
         torch.manual_seed(0)
@@ -144,8 +144,8 @@ def compare_lora_epoch():
 def main():
     model = evaluate.load_answerer(evaluate.ADAPTER)
     # the peer: the same weights in the library's own class, not touched by ours
-    git, _ = model_file.load_base(model_file.read_task(collect_captions.ROOT / evaluate.ADAPTER)["base_model"])
-    git = model_file.PeftModel.from_pretrained(git, collect_captions.ROOT / evaluate.ADAPTER).merge_and_unload().eval()
+    git, _ = model_file.load_base(model_file.read_task(run_files.ROOT / evaluate.ADAPTER)["base_model"])
+    git = model_file.PeftModel.from_pretrained(git, run_files.ROOT / evaluate.ADAPTER).merge_and_unload().eval()
     for batch in BATCHES:
         frames = load_frames(batch)
         compare_forward(f"policy forward, git-tiny, batch {batch}", git, model, frames, 80 // batch)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 import train_git_lora_carllava_style as stage2
 
 POLICY = "results/published/policy"
@@ -40,8 +40,8 @@ def exact_answers(model, data):
 
 
 def main():
-    model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
-    data = stage2.Captions(collect_captions.ROOT / stage2.DATA_DIR / "validation")
+    model = model_file.GitText2ActionWithPrompt.from_policy(run_files.ROOT / POLICY)
+    data = stage2.Captions(run_files.ROOT / stage2.DATA_DIR / "validation")
     results = {}
     for name, prompt in PROMPTS.items():
         model.prompt = model_file.prompt_ids(model.processor.tokenizer, prompt)
@@ -59,7 +59,7 @@ def main():
             flush=True,
         )
     facts = {"frames": len(data), "tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY}
-    evaluate.write_json(OUTPUT, {"prompts": results} | facts | collect_captions.run_facts())
+    run_files.write_json(OUTPUT, {"prompts": results} | facts | run_files.run_facts())
 
 
 if __name__ == "__main__":

@@ -7,22 +7,24 @@ draw_results.py draws into reward_curve.png, and sb3_run.json.
     python -m benchmarks.sb3_baseline      # 25 minutes on two CPU cores, after a run of ppo_git_with_prompt.py
 """
 
+import contextlib
 import csv
 import functools
 import json
 import time
 
 import numpy as np
+import stable_baselines3
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTransposeImage
 
 import car_racing_env
-import collect_captions
 import draw_results
 import evaluate
 import ppo_git_with_prompt as ppo
+import run_files
 
 RESULTS_DIR = "results"
 LEARNING_RATE = 3e-4  # Stable-Baselines3's own
@@ -51,21 +53,18 @@ class Evaluate(BaseCallback):
         return True
 
     def _on_rollout_start(self):
+        """After each update but before the next rollout."""
         frames = self.num_timesteps * car_racing_env.FRAME_SKIP
-        if frames < self.next_evaluation:
-            return
-        self.next_evaluation += self.frames // ppo.EVALUATIONS
-        scores = evaluate.evaluate(Driver(self.model), ppo.EVAL_TRACKS, evaluate.NUM_ENVS)
-        row = {"env_frames": frames, "seconds": round(time.time() - self.began), **evaluate.summarize(scores)}
-        self.rows.append(row)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        print(f"{frames:,} frames, {row['seconds']} s: {row['mean']:.1f} ± {row['std']:.1f}", flush=True)
-
-    def _on_rollout_end(self):
-        frames = self.num_timesteps * car_racing_env.FRAME_SKIP
+        if frames >= self.next_evaluation:
+            self.next_evaluation += self.frames // ppo.EVALUATIONS
+            scores = evaluate.evaluate(Driver(self.model), ppo.EVAL_TRACKS, evaluate.NUM_ENVS)
+            row = {"env_frames": frames, "seconds": round(time.time() - self.began), **evaluate.summarize(scores)}
+            self.rows.append(row)
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+                writer.writerows(self.rows)
+            print(f"{frames:,} frames, {row['seconds']} s: {row['mean']:.1f} ± {row['std']:.1f}", flush=True)
         if frames >= self.frames and time.time() - self.began > self.seconds:
             raise StopIteration
 
@@ -83,21 +82,21 @@ def make_agent(num_envs, n_steps):
 
 
 def main():
-    began, facts = time.time(), collect_captions.run_facts()
-    results = collect_captions.ROOT / RESULTS_DIR
+    began, facts = time.time(), run_files.run_facts()
+    results = run_files.ROOT / RESULTS_DIR
     run = json.loads((results / "run.json").read_text())
-    frames = int(draw_results.read_log(results / "update_log.csv")[-1]["env_frames"])
+    frames = int(run_files.read_log(results / "update_log.csv")[-1]["env_frames"])
     agent = make_agent(ppo.NUM_ENVS, ppo.NUM_STEPS)
     callback = Evaluate(results / "sb3_eval_log.csv", frames, run["seconds"])
-    try:
+    with contextlib.suppress(StopIteration):
         agent.learn(10**9, callback)
-    except StopIteration:
-        callback._on_rollout_start()
     agent.get_env().close()
     draw_results.draw(results)
-    evaluate.write_json(
+    run_files.write_json(
         results / "sb3_run.json",
-        facts | {"learning_rate": LEARNING_RATE, "seed": SEED, "seconds": round(time.time() - began)},
+        facts
+        | {"stable_baselines3": stable_baselines3.__version__, "learning_rate": LEARNING_RATE, "seed": SEED}
+        | {"seconds": round(time.time() - began)},
     )
 
 

@@ -13,10 +13,10 @@ import matplotlib
 import torch
 from transformers import GitConfig, GitForCausalLM
 
-import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
+import run_files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -83,7 +83,7 @@ def main():
         parameters = sum(p.numel() for p in other.git.parameters())
         results["models"][name] = {"parameters": parameters, **decisions_per_second(other, 8)}
         print(f"{name}, {parameters:,} parameters: {results['models'][name]}", flush=True)
-    evaluate.write_json(OUTPUT / "scaling.json", results | collect_captions.run_facts())
+    run_files.write_json(OUTPUT / "scaling.json", results | run_files.run_facts())
     draw(results)
 
 

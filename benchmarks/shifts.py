@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 
 POLICY = "results/published/policy"
 TRACKS = range(100_100, 100_120)
@@ -68,7 +68,7 @@ class Shifted:
 
 
 def main():
-    model = model_file.GitText2ActionWithPrompt.from_policy(collect_captions.ROOT / POLICY)
+    model = model_file.GitText2ActionWithPrompt.from_policy(run_files.ROOT / POLICY)
     results = {}
     for shift in (plain, recoloured, noise, blur, bar, blob):
         results[shift.__name__] = {
@@ -76,8 +76,8 @@ def main():
             for name, driver in (("answers", evaluate.Answers(model)), ("policy", evaluate.Policy(model)))
         }
         print(f"{shift.__name__}: " + ", ".join(f"{n} {s['mean']:.1f} ± {s['std']:.1f}" for n, s in results[shift.__name__].items()), flush=True)  # fmt: skip
-    facts = {"tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY} | collect_captions.run_facts()
-    evaluate.write_json(OUTPUT, {"shifts": results} | facts)
+    facts = {"tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY} | run_files.run_facts()
+    run_files.write_json(OUTPUT, {"shifts": results} | facts)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ scene ("How does the road bend?", "How fast is the car?"), answered from the sim
     python -m offline.make_git_tiny      # 25 minutes on two CPU cores
 """
 
+import contextlib
 import json
-import multiprocessing
+import shutil
 import string
 import time
 from pathlib import Path
@@ -26,9 +27,11 @@ from transformers import (
 )
 
 import car_racing_env
+import checks
 import collect_captions
 import git_forward
 import GitText2ActionWithPrompt as model_file
+import run_files
 
 OUTPUT = Path(__file__).parent / "git-tiny"
 SEED = 0
@@ -88,9 +91,14 @@ def describe(state, track, tile):
     }
 
 
+def start_worker(constants):
+    """Give a spawned process the parent's constants and one thread."""
+    checks.set_constants(constants)
+    torch.set_num_threads(1)
+
+
 def drive(track_seed):
     """One episode: frames uint8 (n, 96, 96, 3) and their answers."""
-    torch.set_num_threads(1)
     rng = np.random.default_rng(track_seed)
     env = car_racing_env.make_env(car_racing_env.FRAME_SKIP, draw=False)
     env = collect_captions.RandomBursts(env, track_seed, BURST_START, BURST_LONGEST)
@@ -111,15 +119,20 @@ def drive(track_seed):
 
 
 def collect(first_track, num_frames):
+    """The first `num_frames` frames of tracks from `first_track` on, uint8 (N, 96, 96, 3), and a dict of answers for each."""
     frames, answers = [], []
-    total = 0
-    with multiprocessing.get_context("spawn").Pool(NUM_WORKERS) as pool, tqdm(total=num_frames, mininterval=5) as bar:
-        for episode, said in pool.imap(drive, range(first_track, first_track + 10_000)):
+    tracks = range(first_track, first_track + 10_000)
+    constants = checks.constants_of(__name__, "car_racing_env", "collect_captions")
+    with (
+        contextlib.closing(
+            collect_captions.run_jobs(drive, tracks, NUM_WORKERS, start_worker, (constants,))
+        ) as episodes,
+        tqdm(total=num_frames, mininterval=5) as bar,
+    ):
+        for episode, said in episodes:
             frames.append(episode), answers.extend(said)
-            total += len(said)
             bar.update(len(said))
-            if total >= num_frames:
-                pool.terminate()
+            if len(answers) >= num_frames:
                 break
     return np.concatenate(frames)[:num_frames], answers[:num_frames]
 
@@ -203,6 +216,10 @@ def answer_logits(model, frames, tokens):
 def main():
     torch.manual_seed(SEED)
     began = time.time()
+    print(
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, {checks.duration(1300)}; replaces {OUTPUT}/ at the end, the shipped one comes "
+        "back with: git checkout offline/git-tiny"
+    )
     frames, answers = collect(FIRST_TRACK, TRAIN_FRAMES)
     val_frames, val_answers = collect(FIRST_VALIDATION_TRACK, VALIDATION_FRAMES)
     processor = make_processor(answers)
@@ -238,10 +255,13 @@ def main():
             f"\nepoch {epoch + 1} loss {np.mean(losses):.4f} validation {val_loss:.4f} {json.dumps(accuracy)}",
             flush=True,
         )
-        git.save_pretrained(OUTPUT)
-        processor.save_pretrained(OUTPUT)
-    (OUTPUT / "README.md").write_text(card(np.mean(losses), val_loss, accuracy, time.time() - began))
-    print(f"wrote {OUTPUT} in {time.time() - began:.0f} s")
+    partial = OUTPUT.with_name(OUTPUT.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    git.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    (partial / "README.md").write_text(card(np.mean(losses), val_loss, accuracy, time.time() - began))
+    run_files.replace_folder(partial, OUTPUT)
+    print(f"wrote {OUTPUT} in {time.time() - began:.0f} s; next: python train_git_lora_carllava_style.py")
 
 
 def card(loss, val_loss, accuracy, seconds):
@@ -279,4 +299,4 @@ def evaluate(model, frames, tokens, labels, questions):
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -5,14 +5,15 @@ Reads RESULTS_DIR; run by hand after a run that is worth showing. Writes results
     python -m offline.publish
 """
 
-import json
 import shutil
 
 import imageio
 import numpy as np
 from PIL import Image
 
-import collect_captions
+import checks
+import policy_card
+import run_files
 
 RESULTS_DIR = "results"
 FILES = (
@@ -21,57 +22,16 @@ FILES = (
 ).split()
 GIF_FROM, GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 60, 60, 4, 360  # first video frame, pictures, stride, pixels
 
-PLAIN = """import torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoProcessor
 
-base = AutoModelForCausalLM.from_pretrained("offline/git-tiny")
-git = PeftModel.from_pretrained(base, "lora_git_caption_model_carllava").merge_and_unload().eval()
-processor = AutoProcessor.from_pretrained("lora_git_caption_model_carllava")
-weights = load_file("results/published/policy/policy.safetensors")
-layer = lambda name, x: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-words = processor.tokenizer.convert_tokens_to_ids(["coast", "accelerate", "left", "right", "brake", "turn"])
-question = "What should the vehicle do in this scenario?"
-tokens = processor.tokenizer(question, return_tensors="pt").input_ids[:, :-1]
-tokens = torch.cat([tokens, torch.tensor([words[5:]])], 1)  # the question and "turn"
-pixels = processor(images=frame, return_tensors="pt").pixel_values  # frame: PIL image or uint8 (96, 96, 3)
-with torch.no_grad():
-    output = git(input_ids=tokens, pixel_values=pixels, output_hidden_states=True)
-first, second = output.logits[0, -2:].log_softmax(-1)  # the words after the question, and after "turn"
-coast, accelerate, left, right, brake, turn = words
-scores = [first[coast], first[accelerate], first[turn] + second[left], first[turn] + second[right], first[brake]]
-p = torch.stack(scores).softmax(0)  # of the answers Coast, Accelerate, Turn left, Turn right, Brake
-features = output.hidden_states[-1][0, -2]  # of the question's last token
-correction = layer("policy_head.2", torch.tanh(layer("policy_head.0", features)))
-action_logits = torch.log(0.98 * p + 0.02 / 5) + correction
-"""
-
-
-def card(run):
-    """The policy's card: what made it and where its scores are."""
+def made_by(run):
+    """What the published policy's card says beside how to load it: what made it and where its scores are."""
     constants = run["constants"]
-    return f"""# PPO policy
+    return f"""
+## This run
 
-Policy and value head on the last prompt token's hidden state, safetensors; `policy.json` names base and adapter. Made by
-`python ppo_git_with_prompt.py`: seed {constants["SEED"]}, {constants["TOTAL_UPDATES"]} updates of {constants["NUM_ENVS"]} x {constants["NUM_STEPS"]} decisions, {run["seconds"] / 60:.0f} minutes on
-{run["machine"]}, commit {run["git_commit"].rstrip("+")}; the checkpoint is the best of the run on validation tracks 100,000-100,019 by mean - 0.5 std
-([eval_log.csv](../eval_log.csv)). All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation), [held_out/](../held_out), [test/](../test).
-
-With this project:
-
-```python
-from GitText2ActionWithPrompt import GitText2ActionWithPrompt
-
-model = GitText2ActionWithPrompt.from_policy("results/published/policy")
-action_logits, value = model(frames)  # uint8 (B, 96, 96, 3) -> (B, 5), (B,)
-```
-
-Without it, from the folder that holds base, adapter and policy:
-
-```python
-{PLAIN}```
+Seed {constants["SEED"]}, {constants["TOTAL_UPDATES"]} updates of {constants["NUM_ENVS"]} x {constants["NUM_STEPS"]} decisions, {run["seconds"] / 60:.0f} minutes on {run["machine"]}, commit
+{run["git_commit"]}; the checkpoint is the best of the run on validation tracks 100,000-100,019 by mean - 0.5 std ([eval_log.csv](../eval_log.csv)).
+All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation), [held_out/](../held_out), [test/](../test).
 """
 
 
@@ -87,16 +47,23 @@ def make_gif(video, path):
 
 
 def main():
-    results = collect_captions.ROOT / RESULTS_DIR
-    published = collect_captions.ROOT / "results" / "published"
+    results = run_files.ROOT / RESULTS_DIR
+    published = run_files.ROOT / "results" / "published"
     published.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in FILES if not (results / name).exists()]
+    if missing:
+        raise checks.BadInput(
+            f"no {', '.join(missing)} in {RESULTS_DIR}/: run the three stages and benchmarks/sb3_baseline.py"
+        )
     for name in FILES:
         shutil.copy2(results / name, published / name)
     shutil.copytree(results / "policy", published / "policy", dirs_exist_ok=True)
+    facts = checks.read_json(published / "policy" / "policy.json")
     make_gif(results / "video_final.mp4", published / "demo.gif")
-    (published / "policy" / "README.md").write_text(card(json.loads((results / "run.json").read_text())))
+    card = policy_card.card("results/published/policy", facts) + made_by(checks.read_json(results / "run.json"))
+    (published / "policy" / "README.md").write_text(card)
     print(f"wrote {published}, demo.gif {(published / 'demo.gif').stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

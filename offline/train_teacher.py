@@ -12,6 +12,7 @@ process rolls out its environments with its own copy of the policy, so that no s
 import contextlib
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ import car_racing_env
 import checks
 import collect_captions
 import ppo_git_with_prompt as ppo
+import run_files
 
 OUTPUT = Path(__file__).parent / "teacher.safetensors"
 SEED = 0
-RESUME = True
+RESUME = False  # continue from offline/teacher_state.pt, the last evaluation's
 
 NUM_WORKERS = 2  # processes, each with its own environments and a copy of the policy
 ENVS_PER_WORKER = 16
@@ -71,26 +73,20 @@ class Critic(nn.Module):
         return self.net(state)[:, 0]
 
 
-def start_worker(rank, seed):
-    """Build this process's environments."""
+def start_worker(rank, seed, constants):
+    """Give a spawned process the parent's constants and build its environments."""
     global ENVS, EVAL_ENV, OBS
+    checks.set_constants(constants)
     torch.set_num_threads(1)
     torch.manual_seed(seed * 1000 + rank)
     ENVS = []
     for i in range(ENVS_PER_WORKER):
         env_seed = (seed * 1000 + rank) * 1000 + i
         env = car_racing_env.make_training_env(
-            env_seed,
-            car_racing_env.FRAME_SKIP,
-            car_racing_env.TRAIN_TRACKS,
-            car_racing_env.REWARD_CLIP,
-            car_racing_env.GRASS_LIMIT,
-            GRASS_PENALTY,
-            MISS_PENALTY,
-            PENALTY_RAMP,
-            LAP_BONUS,
-            draw=False,
-        )
+            env_seed, draw=False, **ppo.env_settings() | dict(
+                grass_penalty=GRASS_PENALTY, miss_penalty=MISS_PENALTY, penalty_ramp=PENALTY_RAMP, lap_bonus=LAP_BONUS,
+            ),
+        )  # fmt: skip
         env = collect_captions.RandomBursts(env, env_seed, BURST_START, BURST_LONGEST)
         ENVS.append(collect_captions.PrivilegedState(env, collect_captions.TILES_AHEAD))
     EVAL_ENV = collect_captions.PrivilegedState(
@@ -100,10 +96,10 @@ def start_worker(rank, seed):
 
 
 def critic_state(env, info):
-    base, rewards = env.unwrapped, env.env.env
+    """What the critic sees, float32 (S + 3,): privileged state, time, visited share and missed tiles."""
+    base, missed = env.unwrapped, env.get_wrapper_attr("missed")
     return np.append(
-        info["state"],
-        np.float32([base.t * 0.05, base.tile_visited_count / len(base.track), min(rewards.missed, 5) / 5]),
+        info["state"], np.float32([base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5])
     )
 
 
@@ -163,6 +159,7 @@ def drive(job):
 
 
 def networks():
+    """A fresh actor and critic."""
     size = 15 + 2 * collect_captions.TILES_AHEAD
     return collect_captions.Teacher(size), Critic(size)
 
@@ -184,20 +181,27 @@ def main():
         optimizer.load_state_dict(saved["optimizer"]), normalizer.load_state_dict(saved["normalizer"])
         average.load_state_dict(saved["average"])
         first, seconds = saved["update"] + 1, saved["seconds"]
-    log = ppo.Log(OUTPUT.with_name("teacher_log.csv"), first - 1 if first > 1 else None)
+    print(
+        f"{TOTAL_UPDATES} updates, {checks.duration(6 * TOTAL_UPDATES - seconds)}; replaces offline/{OUTPUT.name} at every "
+        f"evaluation, the shipped one comes back with: git checkout offline/{OUTPUT.name}"
+    )
+    log = run_files.Log(OUTPUT.with_name("teacher_log.csv"), first - 1 if first > 1 else None)
     bar = tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update")
     context = multiprocessing.get_context("spawn")
+    constants = checks.constants_of(__name__, "car_racing_env", "collect_captions")
     began = time.time() - seconds
     with contextlib.ExitStack() as stack:
         # a pool for each worker: a shared one would let them swap environments between updates
         pools = [
-            stack.enter_context(context.Pool(1, start_worker, (rank, SEED + 7919 * (first - 1))))
+            stack.enter_context(
+                ProcessPoolExecutor(1, context, start_worker, (rank, SEED + 7919 * (first - 1), constants))
+            )
             for rank in range(NUM_WORKERS)
         ]
         for update in bar:
             weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in (actor, critic)]
-            running = [pool.apply_async(rollout, (weights,)) for pool in pools]
-            results = [result.get() for result in running]
+            running = [pool.submit(rollout, weights) for pool in pools]
+            results = [future.result() for future in running]
             episodes = [e for _, done in results for e in done]
             data = {k: torch.from_numpy(np.concatenate([d[k] for d, _ in results], 1)) for k in results[0][0]}
             reward = torch.stack([normalizer(*step) for step in zip(data["reward"], data["done"])])
@@ -207,7 +211,6 @@ def main():
             batch = {k: data[k].flatten(0, 1) for k in ["state", "action", "log_prob", "value"]}
             batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.98 * (update - 1) / TOTAL_UPDATES)
-            stats = []
             for _ in range(EPOCHS):
                 for rows in torch.randperm(len(batch["action"])).split(MINIBATCH):
                     b = {k: x[rows] for k, x in batch.items()}
@@ -220,7 +223,6 @@ def main():
                     loss.backward()
                     nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
                     optimizer.step()
-                    stats.append(terms)
             average.update_parameters(actor)
             row = {
                 "update": update,
@@ -228,35 +230,33 @@ def main():
                 "return": np.mean([e[0] for e in episodes]) if episodes else float("nan"),
                 "laps": np.mean([e[2] == "lap" for e in episodes]) if episodes else float("nan"),
                 "length": np.mean([e[1] for e in episodes]) if episodes else float("nan"),
-                "entropy": stats[-1]["entropy"].item(),
-                "approx_kl": stats[-1]["approx_kl"].item(),
+                "entropy": terms["entropy"].item(),
+                "approx_kl": terms["approx_kl"].item(),
                 "explained_variance": ppo.explained_variance(batch["value"], batch["returns"]),
             }
             row |= dict.fromkeys(("eval_mean", "eval_std", "eval_min", "eval_laps"), float("nan"))
             if update % EVAL_EVERY == 0 or update == TOTAL_UPDATES:
                 weights = {k: v.clone() for k, v in average.module.state_dict().items()}
                 jobs = [(weights, track) for track in EVAL_TRACKS]
-                running = [pool.map_async(drive, jobs[i::NUM_WORKERS]) for i, pool in enumerate(pools)]
-                scores, ends = zip(*(score for result in running for score in result.get()))
+                running = [pool.map(drive, jobs[i::NUM_WORKERS]) for i, pool in enumerate(pools)]
+                scores, ends = zip(*(score for results in running for score in results))
                 row |= {
                     "eval_mean": np.mean(scores), "eval_std": np.std(scores), "eval_min": np.min(scores),
                     "eval_laps": np.mean([e == "lap" for e in ends]),
                 }  # fmt: skip
-                metadata = {
-                    "update": str(update),
-                    "eval_mean": f"{np.mean(scores):.1f}",
-                    "eval_std": f"{np.std(scores):.1f}",
-                }
-                checks.write_file(OUTPUT, save(weights, metadata))
+            row["seconds"] = time.time() - began
+            log.write({key: x if isinstance(x, int) else float(x) for key, x in row.items()})
+            if not np.isnan(row["eval_mean"]):
+                metadata = {"update": str(update), **{key: f"{row[key]:.1f}" for key in ("eval_mean", "eval_std")}}
+                run_files.write_file(OUTPUT, save(weights, metadata))
                 ppo.save_state(state_file, {
                     "actor": actor.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
                     "normalizer": normalizer.state_dict(), "average": average.state_dict(), "update": update,
                     "seconds": time.time() - began,
                 })  # fmt: skip
-            row["seconds"] = time.time() - began
-            log.write({key: x if isinstance(x, int) else float(x) for key, x in row.items()})
             bar.set_postfix(reward=f"{row['return']:.0f}", laps=f"{row['laps']:.0%}")
+    print(f"wrote offline/{OUTPUT.name}; next: python collect_captions.py")
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

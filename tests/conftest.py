@@ -1,6 +1,9 @@
 """A toy GIT and what each stage makes of it, each script run once through its `main()` at toy constants."""
 
+import os
 from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported, and for the processes that tests start
 
 import pytest
 import torch

@@ -40,12 +40,14 @@ def drive_and_train():
         ppo.EVAL_TRACKS = range(100_000, 100_001)
         ppo.main()
         rows = list(csv.DictReader((Path(folder) / "reward_log.csv").open()))
+        updates = list(csv.DictReader((Path(folder) / "update_log.csv").open()))
     result = {
         "gymnasium": gymnasium.__version__,
         "env_id": driven["env_id"],
         "returns": driven["returns"],
         "laps_finished_percent": driven["laps_finished_percent"],
         "episodes": [list(row.values()) for row in rows],
+        "losses": [[row[name] for name in ("policy_loss", "value_loss", "kl_to_answers")] for row in updates],
     }
     print("RESULT", json.dumps(result))
 
@@ -71,11 +73,14 @@ def main():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *pins, *INSTEAD], check=True)
         old, new = run(python), run(sys.executable)
-    same = {key: old[key] == new[key] for key in ("returns", "laps_finished_percent", "episodes")}
+    same = {key: old[key] == new[key] for key in ("returns", "laps_finished_percent", "episodes", "losses")}
     print(json.dumps(old | {"same": same}, indent=1))
     if not all(same.values()):
         raise SystemExit(f"with {new['gymnasium']}: {json.dumps(new)}")
-    OUTPUT.write_text(json.dumps(old | {"the same with": new["gymnasium"]}, indent=1) + "\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    ).stdout.strip()
+    OUTPUT.write_text(json.dumps(old | {"the same with": new["gymnasium"], "git_commit": commit}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

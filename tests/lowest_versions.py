@@ -43,7 +43,7 @@ def main():
         print(result.stdout[-5000:])
         if result.returncode:
             raise SystemExit(result.returncode)
-        facts = "import json, collect_captions; print(json.dumps(collect_captions.run_facts()))"
+        facts = "import json, run_files; print(json.dumps(run_files.run_facts()))"
         facts = subprocess.run([python, "-c", facts], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
     row = {"result": result.stdout.strip().splitlines()[-1], "arguments": sys.argv[1:], "pins": pins}
     OUTPUT.write_text(json.dumps(row | json.loads(facts.splitlines()[-1]), indent=1) + "\n")

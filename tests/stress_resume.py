@@ -17,12 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from conftest import make_toy_base  # noqa: E402
 
-import collect_captions  # noqa: E402
+import run_files  # noqa: E402
 
 SEED = 0
 KILLS = 20
@@ -32,8 +34,7 @@ OUTPUT = ROOT / "tests" / "stress_resume.json"
 
 def run(folder, base, kill_after=None):
     """One start, resuming what is there; True if it ended by itself."""
-    resume = "yes" if (folder / "state.pt").exists() else ""
-    command = [sys.executable, SCRIPT, folder, base, resume, ""]
+    command = [sys.executable, SCRIPT, folder, base, "yes", ""]  # with nothing to resume it starts from the beginning
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(kill_after)
@@ -59,17 +60,19 @@ def main():
             folder.mkdir()
             runs += 1
             while True:
-                after = rng.uniform(0.3 * duration, 1.05 * duration)  # the first third only imports
+                after = rng.uniform(0.1 * duration, 1.05 * duration)
                 if len(kills) == KILLS or run(folder, base, after):
                     break
                 kills.append(round(after, 2))
             run(folder, base) if len(kills) == KILLS else None
             for name in ("reward_log.csv", "policy/policy.safetensors"):
                 assert (folder / name).read_bytes() == (alone / name).read_bytes(), (name, kills)
+            ours, theirs = (torch.load(f / "state.pt", weights_only=True)["model"] for f in (folder, alone))
+            assert all(torch.equal(ours[name], p) for name, p in theirs.items()), kills
             shutil.rmtree(folder)
             print(f"{len(kills)} kills, {runs} runs: the same", flush=True)
     facts = {"seed": SEED, "kills_after_seconds": kills, "runs": runs, "same_numbers": True}
-    OUTPUT.write_text(json.dumps(facts | collect_captions.run_facts(), indent=1) + "\n")
+    OUTPUT.write_text(json.dumps(facts | run_files.run_facts(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_policy_files_round_trip(toy_model, toy_base, frames, tmp_path, lora):
         toy_model.git.peft_config["default"].lora_alpha = 16
         with pytest.raises(checks.BadInput, match="LoRA of alpha 4"):
             toy_model.load_policy(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "policy.json", "policy.safetensors"]
 
 
 def test_a_policy_that_does_not_fit_is_refused(toy_model, toy_base, tmp_path):

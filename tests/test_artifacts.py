@@ -13,6 +13,7 @@ import car_racing_env
 import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 
 GOLDEN_RETURN = 535.30
 GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 2, 3, 3]
@@ -25,8 +26,8 @@ GOLDEN_PROBABILITIES = [0.0001, 0.6802, 0.3195, 0.0, 0.0002]  # of the third fra
 
 GOLDEN_POLICY_RETURN = 127.06  # of the first 100 decisions on validation track 100,000
 
-ADAPTER = collect_captions.ROOT / "lora_git_caption_model_carllava"
-POLICY = collect_captions.ROOT / "results" / "published" / "policy"
+ADAPTER = run_files.ROOT / "lora_git_caption_model_carllava"
+POLICY = run_files.ROOT / "results" / "published" / "policy"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_cards_load_what_they_describe_without_this_project(stretch, tmp_pat
     """The cards' own lines, run where only base, adapter and policy are."""
     for name in ("offline/git-tiny", ADAPTER.name, "results/published/policy"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).symlink_to(collect_captions.ROOT / name)
+        (tmp_path / name).symlink_to(run_files.ROOT / name)
     np.save(tmp_path / "frame.npy", stretch[0][-1])
     start = "import numpy as np\nframe = np.load('frame.npy')\n"
     end = "print(action_logits.tolist(), sum('GitText2' in name for name in __import__('sys').modules))\n"

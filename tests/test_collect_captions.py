@@ -101,3 +101,24 @@ def test_a_policy_drives_and_the_teacher_answers(pipeline, constants, tmp_path):
         collect_captions.main()
     assert sorted(path.name for path in (output / "train").iterdir()) == before
     assert json.loads((output / "run.json").read_text())["constants"]["ANSWER_BY"] == "teacher"
+
+
+def test_the_policy_that_drives_must_have_this_frame_skip(pipeline, constants):
+    constants(collect_captions, POLICY=str(pipeline.results / "policy"))
+    constants(car_racing_env, FRAME_SKIP=4)
+    with pytest.raises(checks.BadInput, match="FRAME_SKIP = 2, car_racing_env.py has 4"):
+        collect_captions.load_drivers()
+
+
+def constants_seen(job):
+    return job, car_racing_env.FRAME_SKIP, model_file.PROMPT, collect_captions.KEEP
+
+
+def test_workers_have_the_constants_of_this_process(constants):
+    """Spawned processes import the files anew; the results keep the order of the jobs."""
+    constants(car_racing_env, FRAME_SKIP=4)
+    constants(model_file, PROMPT="Why?")
+    constants(collect_captions, KEEP=0.5)
+    sent = checks.constants_of("collect_captions", "car_racing_env", "GitText2ActionWithPrompt")
+    seen = list(collect_captions.run_jobs(constants_seen, range(5), 1, checks.set_constants, (sent,)))
+    assert seen == [(job, 4, "Why?", 0.5) for job in range(5)]

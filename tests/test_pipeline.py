@@ -2,19 +2,21 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
+import datasets
 import imageio
 import numpy as np
 import pytest
 from conftest import run_pipeline
-from datasets import load_dataset
 from PIL import Image
 
 import car_racing_env
-import checks
 import collect_captions
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import run_files
 
 
 def rows(path):
@@ -23,12 +25,19 @@ def rows(path):
 
 
 def test_captions_read_as_imagefolder(pipeline, tmp_path):
-    data = load_dataset("imagefolder", data_dir=str(pipeline.data), cache_dir=str(tmp_path))
+    data = datasets.load_dataset("imagefolder", data_dir=str(pipeline.data), cache_dir=str(tmp_path))
     assert {split: len(data[split]) for split in data} == {"train": 96, "validation": 32}
     row = data["train"][0]
     assert row["image"].size == (96, 96) and row["text"] in model_file.ANSWERS and row["prompt"] == model_file.PROMPT
     assert model_file.ANSWERS[row["text"]] == row["action"]
     assert not set(data["train"]["track_seed"]) & set(data["validation"]["track_seed"])
+
+
+def test_the_shipped_sample_loads_by_its_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(run_files.ROOT)
+    line = re.search(r"```python\n(.*)\n```", Path("CarRacing-Data/README.md").read_text()).group(1)
+    data = eval(line.replace(")", f", cache_dir={str(tmp_path)!r})"), {"datasets": datasets})
+    assert {split: len(data[split]) for split in data} == {"train": 180, "validation": 20}
 
 
 def test_a_caption_is_the_frame_the_simulator_draws(pipeline):
@@ -51,8 +60,8 @@ def test_folders_have_cards_and_run_files(pipeline):
         run = json.loads((folder / "run.json").read_text())
         assert run["frame_skip"] == 2 and run["versions"]["torch"] and run["constants"]
     made_from = [json.loads((folder / "run.json").read_text()) for folder in (pipeline.data, pipeline.adapter)]
-    assert made_from[0]["teacher_hash"] == checks.file_hash(collect_captions.ROOT / collect_captions.TEACHER)
-    assert made_from[1]["data_hash"] == checks.file_hash(pipeline.data / "train" / "metadata.jsonl")
+    assert made_from[0]["teacher_hash"] == run_files.file_hash(run_files.ROOT / collect_captions.TEACHER)
+    assert made_from[1]["data_hash"] == run_files.file_hash(pipeline.data / "train" / "metadata.jsonl")
     assert "PeftModel" in (pipeline.adapter / "README.md").read_text()
 
 
@@ -89,7 +98,7 @@ def test_reward_log_is_the_true_return(pipeline):
 def test_evaluation_file(pipeline):
     facts = json.loads((pipeline.results / "eval_policy.json").read_text())
     assert facts["seeds"] == [100_000, 100_001] and len(facts["returns"]) == 2
-    assert facts["weights_hash"] == checks.file_hash(pipeline.results / "policy" / "policy.safetensors")
+    assert facts["weights_hash"] == run_files.file_hash(pipeline.results / "policy" / "policy.safetensors")
     assert facts["mean"] == pytest.approx(np.mean(facts["returns"]), abs=0.01)
     assert facts["std"] == pytest.approx(np.std(facts["returns"]), abs=0.01)
 

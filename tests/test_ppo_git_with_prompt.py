@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 
 import checks
-import draw_results
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
+import run_files
 
 
 def test_ppo_loss_by_hand():
@@ -161,12 +161,12 @@ def test_a_run_writes_everything_and_resumes(toy_run, train_lora):
     names = {path.name for path in folder.iterdir()}  # no reward_log.csv yet: no episode ends in so few decisions
     assert {"update_log.csv", "eval_log.csv", "reward_curve.png", "ppo_losses.png", "ppo_diagnostics.png"} <= names
     assert {"state.pt", "run.json", "policy"} <= names
-    assert [row["update"] for row in draw_results.read_log(folder / "update_log.csv")] == ["1", "2"]
-    assert float(draw_results.read_log(folder / "update_log.csv")[0]["approx_kl"]) < 1e-6
+    assert [row["update"] for row in run_files.read_log(folder / "update_log.csv")] == ["1", "2"]
+    assert float(run_files.read_log(folder / "update_log.csv")[0]["approx_kl"]) < 1e-6
     first = (folder / "update_log.csv").read_text()
     set_constants(RESUME=True, TOTAL_UPDATES=3)
     ppo.main()
-    log = draw_results.read_log(folder / "update_log.csv")
+    log = run_files.read_log(folder / "update_log.csv")
     assert [row["update"] for row in log] == ["1", "2", "3"]
     assert (folder / "update_log.csv").read_text().startswith(first)
     assert json.loads((folder / "policy" / "policy.json").read_text())["prompt"] == model_file.PROMPT
@@ -185,15 +185,15 @@ ppo.main()
 """
     root = Path(ppo.__file__).parent
     run = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=root, start_new_session=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=root, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    while len(draw_results.read_log(tmp_path / "update_log.csv")) < 2 and run.poll() is None:
+    while len(run_files.read_log(tmp_path / "update_log.csv")) < 2 and run.poll() is None:
         time.sleep(0.2)
     os.killpg(run.pid, signal.SIGINT)
-    output, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "stopped by Ctrl-C" in output
+    _, output = run.communicate(timeout=60)
+    assert run.returncode == 1 and "stopped by Ctrl-C" in output and "Traceback" not in output
     with pytest.raises(ProcessLookupError):  # nothing of the group is left
         os.killpg(run.pid, 0)
-    assert len(draw_results.read_log(tmp_path / "update_log.csv")) >= 2
+    assert len(run_files.read_log(tmp_path / "update_log.csv")) >= 2
     for name in ("state.pt", "policy/policy.safetensors", "reward_curve.png", "run.json"):
         assert (tmp_path / name).exists()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import toy_lora
 import toy_ppo
 import toy_update
 
-import draw_results
+import run_files
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -56,29 +55,33 @@ def test_two_processes_update_as_one(rollout, toy_base, tmp_path):
 
 
 def test_two_processes_drive_other_tracks_and_resume(toy_base, tmp_path):
-    finished = run(TORCHRUN, toy_ppo, tmp_path, toy_base, "", "")
+    """The second process is killed in a rollout: the first does not wait for ever, and the resumed run is the uninterrupted one."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    finished = run(TORCHRUN, toy_ppo, alone, toy_base, "", "")
     assert finished.returncode == 0, finished.stderr
-    episodes = draw_results.read_log(tmp_path / "reward_log.csv")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    episodes = run_files.read_log(alone / "reward_log.csv")
+    state = torch.load(alone / "state.pt", weights_only=True)
     tracks = [[e["track_seed"] for half in part["episodes"] for e in half] for part in state["processes"]]
     assert len(tracks) == 2 and len({*tracks[0], *tracks[1]}) == 6
     assert len(episodes) == len({row["track_seed"] for row in episodes}) == state["episode"]
     assert [int(row["env_frames"]) for row in episodes] == sorted(int(row["env_frames"]) for row in episodes)
-    assert (tmp_path / "policy" / "policy.safetensors").exists()
 
-
-def test_a_killed_process_ends_the_run_with_an_error(toy_base, tmp_path):
-    """The second one kills itself in the middle of a rollout; the first, left waiting for it, does not hang."""
-    finished = run(TORCHRUN, toy_ppo, tmp_path, toy_base, "", "rollout")
+    finished = run(TORCHRUN, toy_ppo, killed, toy_base, "", "rollout")
     assert finished.returncode != 0 and "Signal 9" in finished.stderr
-    assert Path(tmp_path / "update_log.csv").exists()
+    assert len(run_files.read_log(killed / "update_log.csv")) == 1
+    finished = run(TORCHRUN, toy_ppo, killed, toy_base, "yes", "")
+    assert finished.returncode == 0, finished.stderr
+    for name in ("reward_log.csv", "policy/policy.safetensors"):
+        assert (killed / name).read_bytes() == (alone / name).read_bytes(), name
+    resumed = torch.load(killed / "state.pt", weights_only=True)
+    assert all(torch.equal(p, resumed["model"][name]) for name, p in state["model"].items())
 
 
 def test_two_processes_fine_tune(toy_base, tmp_path):
     toy_lora.write_data(tmp_path / "data")
     finished = run(TORCHRUN, toy_lora, tmp_path, toy_base, "", "")
     assert finished.returncode == 0, finished.stderr
-    log = draw_results.read_log(tmp_path / "results" / "lora_log.csv")
+    log = run_files.read_log(tmp_path / "results" / "lora_log.csv")
     assert [row["epoch"] for row in log] == ["1", "2", "3"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert finished.stdout.count("wrote ") == 1

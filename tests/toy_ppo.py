@@ -1,4 +1,4 @@
-"""A toy PPO run in a process of its own, for tests that kill it: `python toy_ppo.py FOLDER BASE RESUME KILL`.
+"""A toy PPO run in a process of its own, for tests that kill it: `python toy_ppo.py FOLDER BASE RESUME KILL [lora]`.
 
 KILL names the point at which the process kills itself with SIGKILL, or is empty: "rollout" (between two decisions of
 update 2), "log" (update 2's row is written, its state is not) or "state" (while update 3's state is being written). Or what
@@ -35,21 +35,27 @@ def die_at_call(number, function, instead=die):
     return counted
 
 
-def main(folder, base, resume, kill):
+def score(driver, tracks, num_envs):
+    """In place of an evaluation: how far the policy has moved, so that later policies are the better ones."""
+    weights = driver.model.policy_head[2].weight
+    return [{"return": weights.abs().sum().item(), "end": "time"} for _ in tracks]
+
+
+def main(folder, base, resume, kill, lora=""):
     ppo.ADAPTER, ppo.BASE_WITHOUT_ADAPTER, ppo.RESULTS_DIR, ppo.RESUME = "", base, folder, bool(resume)
     ppo.NUM_ENVS, ppo.NUM_STEPS, ppo.TOTAL_UPDATES, ppo.WARMUP_UPDATES, ppo.EVALUATIONS = 3, 24, 4, 1, 2
     ppo.MINIBATCH_SIZE, ppo.EVAL_TRACKS = 24, range(100_000, 100_001)
     car_racing_env.MAX_FRAMES = 30  # episodes end at other decisions than updates do
-    ppo.evaluate.evaluate = lambda act, tracks, envs: [{"return": 0.0, "end": "time"} for _ in tracks]
+    ppo.TRAIN_LORA, ppo.evaluate.evaluate = bool(lora), score
     ppo.evaluate.record_video = lambda driver, track, path: 0.0
     model = ppo.model_file.GitText2ActionWithPrompt
     kill = kill if os.environ.get("RANK", "1") == "1" else ""  # under torchrun only the second process dies
     if kill == "rollout":
         model.encode = die_at_call(2 * 24 + 20, model.encode)
     if kill == "log":
-        write, ppo.Log.write = ppo.Log.write, lambda log, row: (write(log, row), "approx_kl" in row and row["update"] == 2 and die())  # fmt: skip
+        write, ppo.run_files.Log.write = ppo.run_files.Log.write, lambda log, row: (write(log, row), "approx_kl" in row and row["update"] == 2 and die())  # fmt: skip
     if kill == "state":
-        write = ppo.checks.write_file
+        write = ppo.run_files.write_file
 
         def write_half(path, content):
             if Path(path).name == "state.pt":
@@ -60,7 +66,7 @@ def main(folder, base, resume, kill):
         save = ppo.save_state
 
         def save_or_die(path, state):
-            ppo.checks.write_file = write_half if state["update"] == 3 else write
+            ppo.run_files.write_file = write_half if state["update"] == 3 else write
             save(path, state)
 
         ppo.save_state = save_or_die
