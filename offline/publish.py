@@ -20,7 +20,7 @@ FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv lora_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
     "lora_loss.png lora_confusion.png sb3_eval_log.csv sb3_run.json"
 ).split()
-GIF_FROM, GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 60, 60, 4, 360  # first video frame, pictures, stride, pixels
+GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 75, 2, 420  # pictures, stride in the video's frames, pixels
 
 
 def made_by(run):
@@ -36,9 +36,10 @@ All constants and versions: [run.json](../run.json). Scores over 100 tracks: [va
 
 
 def make_gif(video, path):
-    """A stretch of a film with one palette for all its pictures, so that colours do not flicker."""
+    """The end of a film with one palette for all its pictures, so that colours do not flicker."""
     with imageio.get_reader(video) as reader:
-        shots = [reader.get_data(GIF_FROM + GIF_EVERY * i) for i in range(GIF_FRAMES)]
+        start = reader.count_frames() - GIF_EVERY * GIF_FRAMES
+        shots = [reader.get_data(start + GIF_EVERY * i) for i in range(GIF_FRAMES)]
     height = GIF_WIDTH * shots[0].shape[0] // shots[0].shape[1]
     pictures = [Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)) for shot in shots]
     palette = Image.fromarray(np.concatenate([np.asarray(p) for p in pictures[::6]])).quantize(96)
