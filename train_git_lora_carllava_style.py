@@ -200,7 +200,7 @@ def validate(model, data, batch_size):
 
 
 class AnswerTrainer(Trainer):
-    """The Trainer, but a loss that is not finite ends the run before it spoils the adapter."""
+    """The Trainer with the loss on its bar; one that is not finite ends the run before it spoils the adapter."""
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -209,6 +209,9 @@ class AnswerTrainer(Trainer):
                 "the LoRA loss is not finite: lower LEARNING_RATE in train_git_lora_carllava_style.py; the last adapter "
                 "and the checkpoints are kept"
             )
+        for callback in self.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         return loss
 
 
