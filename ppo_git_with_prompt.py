@@ -4,7 +4,7 @@ Reads the adapter of stage 2 (which names its base). Writes results/: reward_log
 eval_log.csv, reward_curve.png, ppo_losses.png, ppo_diagnostics.png, videos, policy/ (the best on the validation tracks),
 state.pt (to resume), run.json and, if TensorBoard is installed, its scalars.
 
-    python ppo_git_with_prompt.py      # 19 minutes on two CPU cores
+    python ppo_git_with_prompt.py      # 8 minutes on two CPU cores
 
 What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
 epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are
@@ -459,7 +459,7 @@ def main():
         results.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             decisions = (TOTAL_UPDATES - first_update + 1) * NUM_ENVS * NUM_STEPS
-            expected = (0.02 if TRAIN_LORA else 0.0036) * decisions + 1.5 * EVALUATIONS * len(EVAL_TRACKS)
+            expected = (0.02 if TRAIN_LORA else 0.0025) * decisions + 1.0 * (EVALUATIONS + 1) * len(EVAL_TRACKS)
             print(
                 f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in "
                 f"{world_size * NUM_ENVS} environments, {sum(p.numel() for g in groups for p in g['params']):,} parameters "

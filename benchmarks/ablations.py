@@ -88,7 +88,10 @@ def table():
             row = json.loads(path.read_text())
             runs[name][row["seed"]] = row
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
-    lines = [f"| change | {seeds} | mean ± std over seeds | minus as it is, each seed |", "|---" * (len(SEEDS) + 3) + "|"]
+    lines = [
+        f"| change | {seeds} | mean ± std over seeds | minus as it is, each seed |",
+        "|---" * (len(SEEDS) + 3) + "|",
+    ]
     for name, rows in runs.items():
         if not rows:
             continue

@@ -89,6 +89,14 @@ def test_seeds_and_paired_differences():
         assert f"{difference.mean():.1f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.1f}" in text
 
 
+def test_rebuilt():
+    text = " ".join(README.split())
+    for place in ("validation", "held_out"):
+        for driver in ("answers", "policy"):
+            facts = json.loads((ROOT / f"results/published/rebuilt/{place}/eval_{driver}.json").read_text())
+            assert f"{facts['mean']:.1f} ± {facts['std']:.1f}" in text, (place, driver)
+
+
 def test_ablation_table():
     assert ablations.table() in README
 
