@@ -361,9 +361,9 @@ def main():
     first_process = int(os.environ.get("RANK", 0)) == 0  # torchrun's
     identity = run_identity(base_fingerprint)
     facts["data_hash"] = identity["data"]
-    checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, identity, first_process)
     output, results = root / OUTPUT_DIR, root / RESULTS_DIR
     run_files.check_writable(output.parent), run_files.check_writable(results)
+    checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, identity, first_process)
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
     )
