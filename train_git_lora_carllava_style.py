@@ -340,13 +340,12 @@ def main():
     )  # fmt: skip
     began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
     set_seed(SEED)
-    root = ROOT
-    train, validation = (Captions(root / DATA_DIR / split) for split in ("train", "validation"))
+    train, validation = (Captions(ROOT / DATA_DIR / split) for split in ("train", "validation"))
     if len(train) < MIN_FRAMES:
         raise checks.BadInput(
             f"{DATA_DIR}/ has {len(train)} training frames, only the shipped sample: run collect_captions.py first"
         )
-    car_racing_env.check_frame_skip(DATA_DIR, checks.read_json(root / DATA_DIR / "run.json"))
+    car_racing_env.check_frame_skip(DATA_DIR, checks.read_json(ROOT / DATA_DIR / "run.json"))
     if len(train) < BATCH_SIZE * int(os.environ.get("WORLD_SIZE", 1)):
         raise checks.BadInput(
             f"BATCH_SIZE = {BATCH_SIZE} in train_git_lora_carllava_style.py, but {DATA_DIR}/ has {len(train)} training "
@@ -361,9 +360,9 @@ def main():
     first_process = int(os.environ.get("RANK", 0)) == 0  # torchrun's
     identity = run_identity(base_fingerprint)
     facts["data_hash"] = identity["data"]
-    output, results = root / OUTPUT_DIR, root / RESULTS_DIR
+    output, results = ROOT / OUTPUT_DIR, ROOT / RESULTS_DIR
     run_files.check_writable(output.parent), run_files.check_writable(results)
-    checkpoint = prepare_checkpoints(root / CHECKPOINT_DIR, identity, first_process)
+    checkpoint = prepare_checkpoints(ROOT / CHECKPOINT_DIR, identity, first_process)
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
     )
@@ -382,7 +381,7 @@ def main():
     trainer = AnswerTrainer(
         git,
         TrainingArguments(
-            output_dir=str(root / CHECKPOINT_DIR),
+            output_dir=str(ROOT / CHECKPOINT_DIR),
             num_train_epochs=EPOCHS,
             per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=BATCH_SIZE,
