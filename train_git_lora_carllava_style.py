@@ -14,6 +14,7 @@ Then: python ppo_git_with_prompt.py
 import functools
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -404,7 +405,13 @@ def main():
         train_dataset=train,
         callbacks=[report],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (pickle.UnpicklingError, EOFError) as error:  # the Trainer loads its files with weights_only=True
+        raise checks.BadInput(
+            f"cannot read {checkpoint} ({(str(error) or repr(error)).splitlines()[0]}): remove it to resume from the one "
+            "before, or set RESUME to False to start anew"
+        ) from None
     if not trainer.is_world_process_zero():
         return
     if report.metrics is None:  # resumed after the last epoch

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import toy_lora
 
 import checks
 import collect_captions
@@ -67,6 +68,37 @@ def test_pickles_in_place_of_weights(bomb, pipeline, tmp_path, constants):
     constants(ppo, RESULTS_DIR=str(tmp_path), RESUME=True)
     with pytest.raises(checks.BadInput, match="state.pt"):
         ppo.main()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_pickles_in_a_trainers_checkpoint(name, bomb, toy_base, tmp_path, constants):
+    payload, path = bomb
+    toy_lora.write_data(tmp_path / "data")
+    folders = {key: str(tmp_path / key.lower()) for key in ("OUTPUT_DIR", "RESULTS_DIR", "CHECKPOINT_DIR")}
+    constants(stage2, BASE_MODEL=str(toy_base), DATA_DIR=str(tmp_path / "data"), **folders)
+    constants(stage2, MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=8, LORA_RANK=4)
+    stage2.main()
+    first, last = sorted((tmp_path / "checkpoint_dir").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    shutil.rmtree(last)
+    (first / name).write_bytes(payload)
+    constants(stage2, RESUME=True)
+    with pytest.raises(checks.BadInput, match="cannot read .*checkpoint-5.*RESUME"):
+        stage2.main()
+    assert not path.exists()
+
+
+def test_an_adapter_names_no_module(bomb, pipeline, tmp_path, monkeypatch):
+    """PEFT imports the module that an adapter names for Megatron's layers; from 0.20 on only Megatron's own."""
+    _, path = bomb
+    adapter = shutil.copytree(pipeline.adapter, tmp_path / "adapter")
+    (tmp_path / "hostile.py").write_text(f"from pathlib import Path\nPath({str(path)!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"megatron_core": "hostile", "megatron_config": {"tensor_model_parallel_size": 1}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(checks.BadInput, match="adapter_config.json"):
+        model_file.GitText2ActionWithPrompt.from_pretrained(str(pipeline.base), adapter)
     assert not path.exists()
 
 
