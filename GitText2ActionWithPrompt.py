@@ -187,12 +187,12 @@ def load_adapter(git, adapter):
     weights = checks.read_weights(Path(adapter) / "adapter_model.safetensors")  # PEFT would look for a pickle instead
     try:
         git = PeftModel.from_pretrained(git, adapter)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of many kinds, after what is damaged
         raise checks.BadInput(
-            f"{adapter}/adapter_config.json is damaged or does not fit ({str(error).splitlines()[0]}): "
+            f"{adapter}/adapter_config.json is damaged or does not fit ({(str(error) or repr(error)).splitlines()[0]}): "
             "rerun train_git_lora_carllava_style.py"
         ) from None
-    wrong = weights.keys() ^ get_peft_model_state_dict(git).keys()
+    wrong = weights.keys() ^ get_peft_model_state_dict(git, save_embedding_layers=False).keys()  # "auto" asks the Hub
     if wrong:
         raise checks.BadInput(
             f"{adapter}/adapter_model.safetensors does not fit its adapter_config.json ({min(wrong)}): "

@@ -7,13 +7,18 @@ import errno
 import importlib
 import inspect
 import json
+import multiprocessing
+import os
 import re
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from run_files import ROOT
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG}
 
@@ -78,6 +83,24 @@ def set_constants(constants):
     """Assign what `constants_of` returned in another process."""
     for name, values in constants.items():
         vars(importlib.import_module(name)).update(values)
+
+
+def end_with_the_parent():
+    """In a worker process: end when the parent is killed. An executor's processes would wait for jobs for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def replaceable(output_dir):
+    """The folder that OUTPUT_DIR means, a link's target; BadInput if replacing it whole would take more than its output."""
+    output = (ROOT / output_dir).resolve()
+    if ROOT.is_relative_to(output) or (output / "published").exists():
+        raise BadInput(f"OUTPUT_DIR = {output_dir!r} is replaced as a whole: use a folder of its own")
+    return output
 
 
 def read_json(path):

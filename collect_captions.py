@@ -159,6 +159,7 @@ def load_teacher(path=None):
 
 def start_worker(constants):
     """Give a spawned process the parent's constants, one thread and the drivers."""
+    checks.end_with_the_parent()
     checks.set_constants(constants)
     torch.set_num_threads(1)
     load_drivers()
@@ -289,7 +290,7 @@ def main():
     if ANSWER_BY not in ("teacher", "policy"):
         raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
     began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
-    output = ROOT / OUTPUT_DIR
+    output = checks.replaceable(OUTPUT_DIR)
     partial = output.with_name(output.name + ".partial")
     load_drivers()  # what is missing fails here, not in a worker
     facts["teacher_hash"] = run_files.file_hash(ROOT / TEACHER)

@@ -62,7 +62,7 @@ class Log:
     `keep_until` continues an earlier run's file: its rows whose `key`, the count of updates or epochs, is larger are dropped.
     """
 
-    def __init__(self, path, key="update", keep_until=None):
+    def __init__(self, path, *, key="update", keep_until=None):
         rows = read_log(path) if keep_until is not None else []
         kept = [row for row in rows if int(row[key]) <= keep_until]
         self.path, self.fields = path, list(kept[0]) if kept else None

@@ -236,7 +236,7 @@ class EpochReport(TrainerCallback):
             "seconds": time.time() - self.began,
         }
         log = run_files.Log(
-            self.results / "lora_log.csv", "epoch", row["epoch"] - 1 or None
+            self.results / "lora_log.csv", key="epoch", keep_until=row["epoch"] - 1 or None
         )  # a resumed run repeats an epoch
         log.write(row)
         recalls = "  ".join(
@@ -361,7 +361,7 @@ def main():
     first_process = int(os.environ.get("RANK", 0)) == 0  # torchrun's
     identity = run_identity(base_fingerprint)
     facts["data_hash"] = identity["data"]
-    output, results = ROOT / OUTPUT_DIR, ROOT / RESULTS_DIR
+    output, results = checks.replaceable(OUTPUT_DIR), ROOT / RESULTS_DIR
     run_files.check_writable(output.parent), run_files.check_writable(results)
     checkpoint = prepare_checkpoints(ROOT / CHECKPOINT_DIR, identity, first_process)
     config = LoraConfig(

@@ -93,6 +93,7 @@ def describe(state, track, tile):
 
 def start_worker(constants):
     """Give a spawned process the parent's constants and one thread."""
+    checks.end_with_the_parent()
     checks.set_constants(constants)
     torch.set_num_threads(1)
 

@@ -76,6 +76,7 @@ class Critic(nn.Module):
 def start_worker(rank, seed, constants):
     """Give a spawned process the parent's constants and build its environments."""
     global ENVS, EVAL_ENV, OBS
+    checks.end_with_the_parent()
     checks.set_constants(constants)
     torch.set_num_threads(1)
     torch.manual_seed(seed * 1000 + rank)
@@ -185,7 +186,7 @@ def main():
         f"{TOTAL_UPDATES} updates, {checks.duration(6 * TOTAL_UPDATES - seconds)}; replaces offline/{OUTPUT.name} at every "
         f"evaluation, the shipped one comes back with: git checkout offline/{OUTPUT.name}"
     )
-    log = run_files.Log(OUTPUT.with_name("teacher_log.csv"), first - 1 if first > 1 else None)
+    log = run_files.Log(OUTPUT.with_name("teacher_log.csv"), keep_until=first - 1 if first > 1 else None)
     bar = tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update")
     context = multiprocessing.get_context("spawn")
     constants = checks.constants_of(__name__, "car_racing_env", "collect_captions")
