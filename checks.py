@@ -40,8 +40,10 @@ def run(main):
             "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it recurs"
         ) from None
     except (OSError, SafetensorError, RuntimeError) as error:
-        hidden = re.search("os error|PytorchStreamWriter", str(error))  # in safetensors' and torch's own errors
-        if getattr(error, "errno", None) not in CANNOT_WRITE and not hidden:
+        code = re.search(r"os error (\d+)", str(error))  # safetensors has the number in its text only
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        in_torch_save = re.search("PytorchStreamWriter|unexpected pos", str(error))
+        if number not in CANNOT_WRITE and not in_torch_save:
             raise
         raise SystemExit(
             f"error: cannot write ({str(error).splitlines()[0]}): make room or choose another folder; what was written "

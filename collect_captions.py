@@ -214,22 +214,24 @@ def collect_episode(job):
 def run_jobs(function, jobs, num_workers, initializer=None, initargs=()):
     """Yield `function(job)` of each job in order, from spawned processes that stay 2 * `num_workers` jobs ahead.
 
-    Close the generator to end them. A process that dies raises BrokenProcessPool; with `Pool.imap` the wait would be endless.
+    Closing the generator ends them. A process that dies raises BrokenProcessPool; with `Pool.imap` the wait would be endless.
     Ctrl-C, which a terminal sends to all processes, is left to this one.
     """
     jobs = iter(jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer, initargs) as pool:
-        on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes, started now, inherit it
-        ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
-        signal.signal(signal.SIGINT, on_ctrl_c)
         try:
+            on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes, started now, inherit it
+            try:
+                ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
+            finally:
+                signal.signal(signal.SIGINT, on_ctrl_c)
             while ahead:
                 yield ahead.popleft().result()
                 ahead.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
         finally:
-            for future in ahead:
-                future.cancel()
+            for process in (pool._processes or {}).values():  # from Python 3.14 on: pool.terminate_workers()
+                process.terminate()
 
 
 def collect_split(folder, first_track, tracks, num_frames):

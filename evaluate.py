@@ -265,10 +265,13 @@ def check_display():
     """Fail before the driving if `watch` will find no screen."""
     try:
         pygame.display.init()
+        screen = pygame.display.get_driver()
     except pygame.error as error:
-        raise checks.BadInput(
-            f"WATCH = True in evaluate.py, but there is no display ({error}): set it to False"
-        ) from None
+        screen = str(error)
+    found = pygame.display.get_init() and screen != "offscreen"  # SDL's invisible one, where there is no other
+    pygame.display.quit()
+    if not found:
+        raise checks.BadInput(f"WATCH = True in evaluate.py, but there is no display ({screen}): set it to False")
 
 
 def watch(driver, track_seed):

@@ -308,9 +308,8 @@ def update_policy(model, optimizer, batch, warming_up, accelerator):
                 average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
-            torch.autograd.graph.increment_version(
-                parameters
-            )  # `model.weights` goes by it, and fused optimizers do not
+            # `model.weights` goes by the version, which fused optimizers do not raise
+            torch.autograd.graph.increment_version(parameters)
             steps += 1
     return {key: x.item() / steps for key, x in accelerator.reduce(totals, "mean").items()}
 
@@ -364,12 +363,18 @@ def run_identity(facts, world_size):
 def load_state(path, identity):
     """The state that the last finished update left, checked against what it depends on; None if there is none yet."""
     if not path.exists():
+        if (
+            len(run_files.read_log(path.with_name("update_log.csv"))) > 1
+        ):  # a run killed before its first state has one row
+            raise checks.BadInput(
+                f"{path.parent}/ has a run's logs but no state.pt: restore it, or set RESUME to False"
+            )
         print(f"RESUME = True, but there is no {path}: starts from the beginning")
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(state)["identity"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise checks.BadInput(
             f"cannot read {path} ({(str(error) or repr(error)).splitlines()[0]}): set RESUME to False to start anew"
         ) from None
@@ -419,8 +424,8 @@ def main():
         raise checks.BadInput("EVAL_TRACKS in ppo_git_with_prompt.py is empty: use range(100_000, 100_020)")
     began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    results, saved_facts = ROOT / RESULTS_DIR, policy_facts()
-    identity = run_identity(saved_facts, world_size)
+    results, facts_of_policy = ROOT / RESULTS_DIR, policy_facts()
+    identity = run_identity(facts_of_policy, world_size)
     state = load_state(results / "state.pt", identity) if RESUME else None
     envs = make_envs(SEED, rank)
     writer, began_writing, bar = None, False, None
@@ -483,7 +488,7 @@ def main():
             log_evaluation(evaluate.Answers(model), "answers", 0, 0, eval_log, writer)
             best = log_evaluation(driver, "policy", 0, 0, eval_log, writer)
             draw_results.draw(results)
-            model.save_policy(results / "policy", **saved_facts)
+            model.save_policy(results / "policy", **facts_of_policy)
         frames = [half.reset()[0] for half in envs]
         recent = collections.deque(maxlen=50)
         bar = tqdm(
@@ -555,7 +560,7 @@ def main():
                 draw_results.draw(results)
                 if score > best:
                     best = score
-                    model.save_policy(results / "policy", **saved_facts)
+                    model.save_policy(results / "policy", **facts_of_policy)
             save_state(results / "state.pt", {
                 "model": model.trained_parameters(), "optimizer": optimizer.state_dict(),
                 "normalizer": normalizer.state_dict(), "update": update, "episode": episode, "env_frames": env_frames,

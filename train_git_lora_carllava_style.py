@@ -235,9 +235,8 @@ class EpochReport(TrainerCallback):
             **self.metrics,
             "seconds": time.time() - self.began,
         }
-        log = run_files.Log(
-            self.results / "lora_log.csv", key="epoch", keep_until=row["epoch"] - 1 or None
-        )  # a resumed run repeats an epoch
+        # a resumed run repeats an epoch
+        log = run_files.Log(self.results / "lora_log.csv", key="epoch", keep_until=row["epoch"] - 1 or None)
         log.write(row)
         recalls = "  ".join(
             f"{a} {confusion[i, i] / max(confusion[i].sum(), 1):.2f} of {confusion[i].sum()}"
@@ -362,7 +361,8 @@ def main():
     identity = run_identity(base_fingerprint)
     facts["data_hash"] = identity["data"]
     output, results = checks.replaceable(OUTPUT_DIR), ROOT / RESULTS_DIR
-    run_files.check_writable(output.parent), run_files.check_writable(results)
+    for folder in (output.parent, results):
+        run_files.check_writable(folder)
     checkpoint = prepare_checkpoints(ROOT / CHECKPOINT_DIR, identity, first_process)
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=model_file.LORA_TARGETS
@@ -408,6 +408,8 @@ def main():
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (pickle.UnpicklingError, EOFError) as error:  # the Trainer loads its files with weights_only=True
+        if checkpoint is None:
+            raise
         raise checks.BadInput(
             f"cannot read {checkpoint} ({(str(error) or repr(error)).splitlines()[0]}): remove it to resume from the one "
             "before, or set RESUME to False to start anew"

@@ -55,7 +55,8 @@ class Evaluate(BaseCallback):
     def _on_rollout_start(self):
         """After each update but before the next rollout."""
         frames = self.num_timesteps * car_racing_env.FRAME_SKIP
-        if frames >= self.next_evaluation:
+        done = frames >= self.frames and time.time() - self.began > self.seconds
+        if frames >= self.next_evaluation or done:
             self.next_evaluation += self.frames // ppo.EVALUATIONS
             scores = evaluate.evaluate(Driver(self.model), ppo.EVAL_TRACKS, evaluate.NUM_ENVS)
             row = {"env_frames": frames, "seconds": round(time.time() - self.began), **evaluate.summarize(scores)}
@@ -65,7 +66,7 @@ class Evaluate(BaseCallback):
                 writer.writeheader()
                 writer.writerows(self.rows)
             print(f"{frames:,} frames, {row['seconds']} s: {row['mean']:.1f} ± {row['std']:.1f}", flush=True)
-        if frames >= self.frames and time.time() - self.began > self.seconds:
+        if done:
             raise StopIteration
 
 

@@ -38,8 +38,8 @@ All constants and versions: [run.json](../run.json). Scores over 100 tracks: [va
 def make_gif(video, path):
     """The end of a film with one palette for all its pictures, so that colours do not flicker."""
     with imageio.get_reader(video) as reader:
-        start = reader.count_frames() - GIF_EVERY * GIF_FRAMES
-        shots = [reader.get_data(start + GIF_EVERY * i) for i in range(GIF_FRAMES)]
+        end = reader.count_frames()
+        shots = [reader.get_data(i) for i in range(max(0, end - GIF_EVERY * GIF_FRAMES), end, GIF_EVERY)]
     height = GIF_WIDTH * shots[0].shape[0] // shots[0].shape[1]
     pictures = [Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)) for shot in shots]
     palette = Image.fromarray(np.concatenate([np.asarray(p) for p in pictures[::6]])).quantize(96)
@@ -51,7 +51,7 @@ def main():
     results = run_files.ROOT / RESULTS_DIR
     published = run_files.ROOT / "results" / "published"
     published.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in FILES if not (results / name).exists()]
+    missing = [name for name in (*FILES, "video_final.mp4", "policy/policy.json") if not (results / name).exists()]
     if missing:
         raise checks.BadInput(
             f"no {', '.join(missing)} in {RESULTS_DIR}/: run the three stages and benchmarks/sb3_baseline.py"

@@ -100,7 +100,7 @@ def nothing(root):
     pass
 
 
-REMEDY = re.compile(r"\b(rerun|run|restore|put|set|use|lower|must|choose)\b")
+REMEDY = re.compile(r"(?<![\w/.])(rerun|run|restore|put|set|use|lower|must|choose)\b(?!\.)")
 CASES = [
     # who fails, constants, what is spoiled, what the line says
     (collect_captions, {"POLICY": "no/policy"}, nothing, "no policy in .*no/policy.*run ppo_git_with_prompt.py first"),
@@ -156,6 +156,7 @@ CASES = [
     (ppo, {"RESUME": True}, write_bytes("results/state.pt", torch_file(torch.zeros(2))), "cannot read .*state.pt"),
     (ppo, {"RESUME": True, "NUM_ENVS": 4}, nothing, "num_envs = 2, now 4"),
     (ppo, {"RESUME": True, "SEED": 9}, nothing, "seed = 0, now 9"),
+    (ppo, {"RESUME": True}, remove("results/state.pt"), "has a run's logs but no state.pt: restore it"),
     (ppo, {"RESUME": True}, cut("results/state.pt", 1000), "cannot read .*state.pt"),
     (evaluate, {"DRIVER": "nobody"}, nothing, "DRIVER = 'nobody'"),
     (evaluate, {"NUM_TRACKS": 0}, nothing, "NUM_TRACKS = 0"),

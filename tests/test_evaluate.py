@@ -108,6 +108,13 @@ def screen(request, monkeypatch):
     server.wait()
 
 
+@pytest.mark.parametrize("driver", ["offscreen", "none"])
+def test_watching_needs_a_display(driver, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", driver)
+    with pytest.raises(checks.BadInput, match="WATCH = True .*no display .*set it to False"):
+        evaluate.check_display()
+
+
 def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypatch, screen):
     constants(car_racing_env, MAX_FRAMES=6)
     shown = []

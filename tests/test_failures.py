@@ -5,6 +5,7 @@ PPO's own failures, after which it also resumes, are in test_resume.py and test_
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import train_git_lora_carllava_style as stage2
 
 CASES = {
     ("collect", "worker"): "error: a worker process ended",
+    ("collect", "parent"): "",
     ("collect", "ctrl-c"): "stopped by Ctrl-C",
     ("collect", "disk"): "error: cannot write .*File too large",
     ("fine-tune", "ctrl-c"): "stopped by Ctrl-C",
@@ -42,7 +44,7 @@ def test_one_line_and_the_old_output_stays(script, failure, toy_base, tmp_path):
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     _, output = process.communicate(timeout=90)
     last = [line for line in output.splitlines() if line.strip()][-1]
-    assert process.returncode == 1, output
+    assert process.returncode == (-signal.SIGKILL if failure == "parent" else 1), output
     assert re.search(CASES[script, failure], last), output
     assert "Traceback" not in output
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["old"]
@@ -107,6 +109,25 @@ def test_an_interrupted_replacement_keeps_the_folder(tmp_path):
     run_files.replace_folder(tmp_path / "adapter.partial", tmp_path / "adapter")
     assert (tmp_path / "adapter" / "weights").read_text() == "adapter.partial"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    with pytest.raises(FileNotFoundError):  # no new folder: the old one outlives it
+        run_files.replace_folder(tmp_path / "none.partial", tmp_path / "adapter")
+    assert (tmp_path / "adapter.old" / "weights").read_text() == "adapter.partial"
+
+
+@pytest.mark.parametrize(
+    "message, ends_in_one_line",
+    [
+        ("[enforce fail at inline_container.cc] . unexpected pos 640 vs 598", True),  # torch.save on a full disk
+        ("Error while serializing: I/O error: No space left on device (os error 28)", True),
+        ("No such file or directory (os error 2)", False),
+    ],
+)
+def test_what_counts_as_a_full_disk(message, ends_in_one_line):
+    def main():
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit if ends_in_one_line else RuntimeError):
+        checks.run(main)
 
 
 def test_answers_follow_a_fused_optimizer(toy_model, frames):

@@ -1,6 +1,6 @@
 """A stage at toy size in a process of its own, and something goes wrong: `python toy_failures.py SCRIPT ROOT BASE FAILURE`.
 
-SCRIPT: "collect", "fine-tune" or "evaluate". FAILURE: "worker" (a worker process is killed), "ctrl-c" (SIGINT to all
+SCRIPT: "collect", "fine-tune" or "evaluate". FAILURE: "worker" (a worker process is killed), "parent" (this one is), "ctrl-c" (SIGINT to all
 processes of the group, as a terminal sends it), "disk" (no file can grow further), or "nan" (the loss is).
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import toy_lora  # noqa: E402
-from toy_ppo import die_at_call  # noqa: E402
+from toy_ppo import die, die_at_call  # noqa: E402
 
 import checks  # noqa: E402
 import collect_captions  # noqa: E402
@@ -63,7 +63,7 @@ def fail_later(failure, script):
         step = script.Trainer.training_step
         script.Trainer.training_step = die_at_call(3, step, lambda *args: step(*args) * float("nan"))
     else:
-        happen = kill_a_worker if failure == "worker" else lambda: os.killpg(0, signal.SIGINT)
+        happen = {"worker": kill_a_worker, "parent": die, "ctrl-c": lambda: os.killpg(0, signal.SIGINT)}[failure]
         bar = script.tqdm if hasattr(script, "tqdm") else script.Collator
         once = []
 
