@@ -146,13 +146,11 @@ def make_worker_env(frame_skip):
 
 
 def close_envs(envs):
-    """End a vector environment's processes, also if one of them is dead already."""
-    try:
-        envs.close(terminate=True)
-    except (EOFError, ConnectionError):
-        for worker in envs.processes:
-            worker.kill()
-        envs.closed = True
+    """End a vector environment's processes, dead ones among them. They have nothing to save, and could ignore a milder signal."""
+    for worker in envs.processes:
+        worker.kill()
+        worker.join()
+    envs.closed = True
 
 
 def evaluate(driver, tracks, num_envs, progress=True):

@@ -1,7 +1,9 @@
 """Drivers, the fixed tracks and what is refused."""
 
+import functools
 import os
 import shutil
+import signal
 import subprocess
 
 import numpy as np
@@ -132,3 +134,12 @@ def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypat
     expected = [picture for picture, _ in evaluate.drive(evaluate.Policy(toy_model), 100_000)]
     assert len(shown) == 3 and drivers == [screen]
     assert all(np.array_equal(a.swapaxes(0, 1), b) for a, b in zip(shown, expected))
+
+
+def test_closing_ends_workers_that_ignore_terminate():
+    """SDL handles SIGTERM while a display is open, and forked workers inherit that."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    envs = car_racing_env.AsyncVectorEnv([functools.partial(evaluate.make_worker_env, 2)] * 2, "DISABLED")
+    signal.signal(signal.SIGTERM, before)
+    evaluate.close_envs(envs)
+    assert not any(worker.is_alive() for worker in envs.processes)
