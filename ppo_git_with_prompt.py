@@ -1,50 +1,42 @@
 """Stage 3: PPO turns the fine-tuned model's answers into a driver.
 
 Reads the adapter of stage 2 (which names its base). Writes results/: reward_log.csv (a row per episode), update_log.csv,
-eval_log.csv, reward_curve.png, ppo_losses.png, ppo_diagnostics.png, videos, policy/ (the best on the validation tracks),
-state.pt (to resume), run.json and, if TensorBoard is installed, its scalars.
+eval_log.csv, graphs, videos, policy/ (the best on the validation tracks), state.pt (to resume), run.json, tensorboard/.
 
-    python ppo_git_with_prompt.py      # 8 minutes on two CPU cores
+    python ppo_git_with_prompt.py      # 8 to 20 minutes on two CPU cores; expect a best of 905 to 922
 
 What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
 epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are
-stored with the rollout, so that the ratio is 1 before the first step; the policy rests while the value warms up;
+stored with the rollout, so that the ratio is 1 before the first step; the policy stands still while the value warms up;
 advantages are centred but not scaled; the training rewards (car_racing_env.py) weigh mistakes against haste as the task
 does.
 """
 
-import collections
-import datetime
+import contextlib
 import functools
-import io
-import os
-import pickle
-import shutil
-import sys
 import time
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import car_racing_env
-import checks
-import draw_results
 import evaluate
+import film
 import GitText2ActionWithPrompt as model_file
-import run_files
-from run_files import ROOT
+from car_racing_env import FRAME_SKIP, REWARDS
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
+from support import checks, plots, processes, run_files
+from support.run_files import ROOT
 
 SEED = 0
-ADAPTER = "lora_git_caption_model_carllava"  # "" asks the base BASE_WITHOUT_ADAPTER, which was never taught to drive
-BASE_WITHOUT_ADAPTER = "offline/git-tiny"
+MODEL = "lora_git_caption_model_carllava"  # the adapter of stage 2, or a base that was never taught to drive
 RESULTS_DIR = "results"
 RESUME = False  # continue from RESULTS_DIR/state.pt
 
-NUM_ENVS = 8  # simulators, each in a process of its own; at least 2
-TORCH_THREADS = 1  # on two cores the simulators need the other one
+NUM_ENVS = 8  # simulators, each in a process of its own
+TORCH_THREADS = 1  # two are a sixth faster on idle cores and several times slower on busy ones
 NUM_STEPS = 512  # decisions per environment and update
 TOTAL_UPDATES = 36  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
@@ -62,7 +54,8 @@ MAX_GRAD_NORM = 0.5
 NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted return
 
 TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by the backbone's backward pass
-LORA_RANK, LORA_ALPHA = 8, 16
+LORA_RANK = 8
+LORA_ALPHA = 16
 LORA_LEARNING_RATE = 1e-4
 MICROBATCH_SIZE = 128  # decisions per pass backward through the backbone; a minibatch's gradients add up
 
@@ -71,6 +64,10 @@ EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 STD_WEIGHT = 0.5  # policy/ is the evaluated one with the highest mean - STD_WEIGHT * std
 VIDEO_EVERY = 200  # finished training episodes; and one after 10
 VIDEO_TRACK = 100_000
+
+RATIO_TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-6  # as approx_kl; bfloat16 rounds by batch size
+# by a run that continues another: what decides none of its numbers, but for its length
+MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY", "VIDEO_TRACK"}
 
 
 def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -113,7 +110,6 @@ class ReturnNormalizer:
     """Divide rewards by the running standard deviation of the discounted return, as Gymnasium's `NormalizeReward`.
 
     No mean is subtracted: the sign of a reward stays. As there, the reward of an episode's last step begins the next sum.
-    The statistics belong in the checkpoint (`state_dict`).
     """
 
     def __init__(self, num_envs, gamma):
@@ -143,121 +139,56 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_worker_env(index, seed, **settings):
-    """The training environment number `index`, for a worker process."""
-    evaluate.leave_ctrl_c_to_the_parent()
-    return car_racing_env.make_training_env(seed * 10_000 + index, **settings)
-
-
-def env_settings():
-    """The training environment's constants as arguments, so that every worker gets this process's values."""
-    world = car_racing_env
-    return dict(
-        frame_skip=world.FRAME_SKIP, tracks=world.TRAIN_TRACKS, reward_clip=world.REWARD_CLIP,
-        grass_limit=world.GRASS_LIMIT, grass_penalty=world.GRASS_PENALTY, miss_penalty=world.MISS_PENALTY,
-        penalty_ramp=world.PENALTY_RAMP, lap_bonus=world.LAP_BONUS,
-    )  # fmt: skip
-
-
-def make_envs(seed, rank):
-    """NUM_ENVS training environments in two halves: while one half simulates, the model looks at the other.
-
-    `rank` is torchrun's: each process has other tracks. Started before torch starts its threads.
-    """
-    settings = env_settings()
-    return [
-        car_racing_env.AsyncVectorEnv(
-            [functools.partial(make_worker_env, int(index), seed, **settings) for index in half], "SAME_STEP"
-        )
-        for half in np.array_split(np.arange(NUM_ENVS) + rank * NUM_ENVS, 2)
-    ]
-
-
-def load_model():
-    """The fine-tuned model that ADAPTER names, with a fresh LoRA if TRAIN_LORA."""
-    if ADAPTER:
-        model = evaluate.load_answerer(ADAPTER)
-    else:
-        model = model_file.GitText2ActionWithPrompt.from_pretrained(BASE_WITHOUT_ADAPTER)
-    if TRAIN_LORA:
-        model.add_lora(LORA_RANK, LORA_ALPHA)
-    return model
-
-
-def policy_facts():
-    """What a saved policy must remember to be loaded again."""
-    adapter = ROOT / ADAPTER
-    base = model_file.read_task(adapter)["base_model"] if ADAPTER else BASE_WITHOUT_ADAPTER
-    adapter_hash = run_files.file_hash(adapter / "adapter_model.safetensors") if ADAPTER else ""
-    lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA} if TRAIN_LORA else {}
-    facts = {"base_model": base, "adapter": ADAPTER, "adapter_hash": adapter_hash}
-    return facts | {"frame_skip": car_racing_env.FRAME_SKIP} | lora
+def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0):
+    """The training environments, each in a process of its own; start them before torch starts its threads."""
+    seeds = range(seed * 10_000 + rank * num_envs, seed * 10_000 + (rank + 1) * num_envs)
+    make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
+    return processes.Simulators([functools.partial(make, env_seed) for env_seed in seeds], "SAME_STEP")
 
 
 @torch.no_grad()
-def collect_rollout(halves, frames, model):
-    """NUM_STEPS decisions in every environment, the two halves taking turns between model and simulators.
+def rollout(envs, frames, model, num_steps):
+    """`num_steps` decisions in every environment, from `frames` uint8 (N, 96, 96, 3) on.
 
-    `frames` is a list of two arrays, uint8 (N / 2, 96, 96, 3). Returns the next frames, a dict of tensors (T, N, ...)
-    and the finished episodes as `(decision, info)` pairs.
+    Returns the next frames, a dict of tensors (T, N, ...) and the finished episodes as `(decision, facts)` pairs.
     """
-    frames, rollouts, episodes = list(frames), ({}, {}), []
-    pending = [None, None]
 
-    def to_float(x):
-        return torch.from_numpy(x).to(model.device, torch.float32)
+    def empty(*size, dtype=torch.float32):
+        return torch.zeros(num_steps, envs.num_envs, *size, dtype=dtype, device=model.device)
 
-    def receive(half):
-        """Finish the half's step that is under way: its results complete the decision that `act` began."""
-        step, t = pending[half]
-        frames[half], reward, terminated, truncated, infos = halves[half].step_wait()
-        done = terminated | truncated
-        step |= {
-            "reward": to_float(reward),
-            "terminated": to_float(terminated),
-            "done": to_float(done),
-            "final_value": torch.zeros(len(done), device=model.device),
-        }
-        for i in np.flatnonzero(done):
-            keys = ("episode_return", "episode_length", "end", "track_seed")
-            episodes.append((t, {key: infos["final_info"][key][i] for key in keys}))
-            if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
-                step["final_value"][i] = model(infos["final_obs"][i][None])[1][0]
-        for key, x in step.items():
-            rollouts[half].setdefault(key, []).append(x)
-
-    def act(half, t):
-        """Decide on the half's frames and send its simulators off."""
-        features, answer_log_probs = model.encode(frames[half])
-        dropout = model.draw_dropout(len(features))
+    data = {name: empty() for name in ("log_prob", "value", "reward", "terminated", "done", "next_value")}
+    data |= {"features": empty(model.feature_size), "answer_log_probs": empty(len(model.answers))}
+    data |= {"dropout": empty(model.head_size), "action": empty(dtype=torch.int64)}
+    if model.has_lora:
+        data["frames"] = empty(*frames.shape[1:], dtype=torch.uint8)
+    episodes = []
+    for t in range(num_steps):
+        features, answer_log_probs = model.encode(frames)
+        dropout = model.draw_dropout(len(frames))
         logits, value = model.head(features, answer_log_probs, dropout)
         log_probs = logits.log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)[:, 0]
-        step = {
-            "features": features,
-            "answer_log_probs": answer_log_probs,
-            "dropout": dropout,
-            "action": action,
-            "log_prob": log_probs.gather(1, action[:, None])[:, 0],
-            "value": value,
-        }
-        if TRAIN_LORA:
-            step["frames"] = torch.from_numpy(frames[half])
-        halves[half].step_async(evaluate.to_simulator(action))
-        pending[half] = step, t
+        step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
+        step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
+        if model.has_lora:
+            step["frames"] = torch.from_numpy(frames)
 
-    for t in range(NUM_STEPS):
-        for half in (0, 1):
-            if t:
-                receive(half)
-            act(half, t)
-    for half in (0, 1):
-        receive(half)
-    for half, rollout in enumerate(rollouts):
-        rollout |= {key: torch.stack(x) for key, x in rollout.items()}
-        next_value = torch.cat([rollout["value"][1:], model(frames[half])[1][None]])
-        rollout["next_value"] = torch.where(rollout["done"].bool(), rollout.pop("final_value"), next_value)
-    return frames, {key: torch.cat([rollout[key] for rollout in rollouts], 1) for key in rollouts[0]}, episodes
+        frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
+        done = terminated | truncated
+        step |= {
+            "reward": torch.from_numpy(reward),
+            "terminated": torch.from_numpy(terminated),
+            "done": torch.from_numpy(done),
+        }
+        for name, x in step.items():
+            data[name][t] = x
+        for i in np.flatnonzero(done):
+            facts = infos["final_info"]["episode_summary"].items()
+            episodes.append((t, {name: x[i] for name, x in facts if not name.startswith("_")}))
+            if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
+                data["next_value"][t, i] = model(infos["final_obs"][i][None])[1][0]
+    data["next_value"] += (1 - data["done"]) * torch.cat([data["value"][1:], model(frames)[1][None]])
+    return frames, data, episodes
 
 
 def normalize_rewards(normalizer, reward, done, accelerator):
@@ -267,30 +198,21 @@ def normalize_rewards(normalizer, reward, done, accelerator):
     return scaled.chunk(accelerator.num_processes, 1)[accelerator.process_index].to(reward.device)
 
 
-def average_gradients(parameters, accelerator):
-    """Replace each gradient by its mean over the processes, all in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def update_policy(model, optimizer, batch, warming_up, accelerator):
-    """K_EPOCHS over one batch of decisions; returns mean diagnostics. While warming up only the value head learns.
+def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
+    """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns.
 
     With several processes MINIBATCH_SIZE is each one's share: the step is that of the union.
     """
-    check_ratio(model, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals, steps = {}, 0
-    for _ in range(K_EPOCHS):
+    for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
             # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
             mean_advantage = accelerator.reduce(batch["advantage"][rows].mean(), "mean")
             optimizer.zero_grad()
-            for part in rows.split(MICROBATCH_SIZE if TRAIN_LORA else MINIBATCH_SIZE):
-                b, share = {key: x[part] for key, x in batch.items()}, len(part) / len(rows)
-                features = model.features(b["frames"]) if TRAIN_LORA and not warming_up else b["features"]
+            for part in rows.split(MICROBATCH_SIZE if model.has_lora else MINIBATCH_SIZE):
+                b, share = {name: x[part] for name, x in batch.items()}, len(part) / len(rows)
+                features = model.features(b["frames"]) if model.has_lora and not warming_up else b["features"]
                 logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
                 advantage = b["advantage"] - mean_advantage
                 terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
@@ -298,302 +220,140 @@ def update_policy(model, optimizer, batch, warming_up, accelerator):
                 terms["kl_to_answers"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
                 loss = VALUE_COEF * terms["value_loss"]
                 if not warming_up:
-                    loss = loss + terms["policy_loss"] + KL_COEF * terms["kl_to_answers"]
-                    loss = loss - ENTROPY_COEF * terms["entropy"]
+                    loss = (
+                        loss + terms["policy_loss"] + KL_COEF * terms["kl_to_answers"] - ENTROPY_COEF * terms["entropy"]
+                    )
                 if not torch.isfinite(loss):
                     raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+                if steps == 0 and terms["approx_kl"] > RATIO_TOLERANCE:
+                    raise RuntimeError("the policy ratio is not 1 before the first step: dropout or features differ")
                 (share * loss).backward()
-                totals = {key: totals.get(key, 0.0) + share * x.detach() for key, x in terms.items()}
+                totals = {name: totals.get(name, 0.0) + share * x.detach() for name, x in terms.items()}
             if accelerator.num_processes > 1:
-                average_gradients(parameters, accelerator)
+                processes.average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
-            # `model.weights` goes by the version, which fused optimizers do not raise
-            torch.autograd.graph.increment_version(parameters)
             steps += 1
-    return {key: x.item() / steps for key, x in accelerator.reduce(totals, "mean").items()}
+    return {name: x.item() / steps for name, x in accelerator.reduce(totals, "mean").items()}
 
 
-@torch.no_grad()
-def check_ratio(model, batch):
-    """Before the first step the new policy is the old one: fail loudly if dropout masks or features were not kept."""
-    b = {key: x[:MINIBATCH_SIZE] for key, x in batch.items()} if TRAIN_LORA else batch
-    features = model.features(b["frames"]) if TRAIN_LORA else b["features"]
-    logits, _ = model.head(features, b["answer_log_probs"], b["dropout"])
-    log_prob = logits.log_softmax(-1).gather(1, b["action"][:, None])[:, 0]
-    error = ((log_prob - b["log_prob"]).exp() - 1).abs().max().item()
-    tolerance = 0.05 if TRAIN_LORA and model.device.type == "cuda" else 1e-4  # bfloat16 rounds by batch size
-    if error > tolerance:
-        raise RuntimeError(
-            f"the policy ratio is off by {error:.2g} before the first step: the rollout does not fit the policy"
-        )
+def make_optimizer(model):
+    """Adam with a learning rate of its own for the policy head, the value head and, if there is one, the LoRA."""
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    groups = [(model.policy_head.parameters(), LEARNING_RATE), (model.value_head.parameters(), VALUE_LEARNING_RATE)]
+    groups += [(lora, LORA_LEARNING_RATE)] if lora else []
+    return torch.optim.Adam([{"params": [*p], "lr": rate, "peak_lr": rate} for p, rate in groups], eps=1e-5)
 
 
-def tensorboard(folder, last_frame):
-    """TensorBoard's writer, or None where it is not installed; what an earlier start wrote after `last_frame` is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=last_frame + 1)
+def train(
+    model, envs, accelerator, state=None, *, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
+    gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
+):  # fmt: skip
+    """Train `model` in `envs`; yields once before the first update and after each what happened.
 
+    Each time `(update, episodes, diagnostics, state)`: the number of updates done, the episodes that ended in it as
+    `(decision, facts)`, numbers for a log, and what another call needs as `state` to go on (live tensors: save or copy it).
+    """
+    optimizer, normalizer = make_optimizer(model), ReturnNormalizer(accelerator.num_processes * envs.num_envs, gamma)
+    if state:
+        model.load_trained(state["model"], "state.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        normalizer.load_state_dict(state["normalizer"])
+        own = state["processes"][accelerator.process_index]
+        processes.set_rng_state(own["rng"], model.device)
+        envs.set_attr("resume_from", own["episodes"])
+    frames, _ = envs.reset()
 
-def log_evaluation(driver, name, update, env_frames, eval_log, writer):
-    """Drive EVAL_TRACKS, log and print the scores; returns what chooses the best policy, mean - STD_WEIGHT * std."""
-    summary = evaluate.summarize(evaluate.evaluate(driver, EVAL_TRACKS, evaluate.NUM_ENVS))
-    eval_log.write({"update": update, "env_frames": env_frames, "driver": name, **summary})
-    if writer:
-        writer.add_scalar(f"eval/{name}_return", summary["mean"], env_frames)
-    tqdm.write(
-        f"update {update}, {name}: {summary['mean']:.1f} ± {summary['std']:.1f} over {len(EVAL_TRACKS)} validation tracks, "
-        f"{summary['laps_finished_percent']:.0f} % laps"
-    )
-    return summary["mean"] - STD_WEIGHT * summary["std"]
+    def saved_state(number):
+        own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
+        state = {"update": number, "model": model.trained_parameters(), "optimizer": optimizer.state_dict()}
+        return state | {"normalizer": normalizer.state_dict(), "processes": gather_object([own])}
 
+    if not state:
+        yield 0, [], {}, saved_state(0)
+    for number in range(state["update"] + 1 if state else 1, total_updates + 1):
+        began = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (1 - 0.9 * (number - 1) / max(1, total_updates - 1))
 
-def run_identity(facts, world_size):
-    """What a resumed run must share with the one that it continues, the policy's facts among it."""
-    facts = {key: x for key, x in facts.items() if key != "adapter"}  # its hash says which it is, the folder may move
-    return facts | model_file.policy_constants() | {
-        "seed": SEED, "processes": world_size, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "train_lora": TRAIN_LORA,
-        "train_tracks": car_racing_env.TRAIN_TRACKS, "eval_tracks": str(EVAL_TRACKS), "std_weight": STD_WEIGHT,
-    }  # fmt: skip
-
-
-def load_state(path, identity):
-    """The state that the last finished update left, checked against what it depends on; None if there is none yet."""
-    if not path.exists():
-        if (
-            len(run_files.read_log(path.with_name("update_log.csv"))) > 1
-        ):  # a run killed before its first state has one row
-            raise checks.BadInput(
-                f"{path.parent}/ has a run's logs but no state.pt: restore it, or set RESUME to False"
-            )
-        print(f"RESUME = True, but there is no {path}: starts from the beginning")
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = dict(state)["identity"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise checks.BadInput(
-            f"cannot read {path} ({(str(error) or repr(error)).splitlines()[0]}): set RESUME to False to start anew"
-        ) from None
-    for name, ours in identity.items():
-        if saved.get(name) != ours:
-            raise checks.BadInput(
-                f"{path} is of a run with {name} = {saved.get(name)!r}, now {ours!r}: put it back, or set RESUME to False to "
-                "start anew"
-            )
-    return state
-
-
-def save_state(path, state):
-    """Replace the resumable state at once, so that a kill at any moment leaves a whole one."""
-    buffer = io.BytesIO()  # torch's own file writer hides a full disk behind another error
-    torch.save(state, buffer)
-    run_files.write_file(path, buffer.getvalue())
-
-
-def rng_states(device):
-    """The generators that actions, dropout masks and minibatches are drawn from."""
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state()} | cuda
-
-
-def set_rng_states(states, device):
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+        frames, data, episodes = rollout(envs, frames, model, num_steps)
+        rollout_seconds = time.time() - began
+        reward, terminated, done = data["reward"], data["terminated"], data["done"]
+        if normalize_return:
+            reward = normalize_rewards(normalizer, reward, done, accelerator)
+        values = data["value"], data["next_value"]
+        advantage, returns = compute_gae(reward, *values, terminated, done, gamma, GAE_LAMBDA)
+        batch = {name: x.flatten(0, 1) for name, x in (data | {"advantage": advantage, "returns": returns}).items()}
+        diagnostics = {"learning_rate": optimizer.param_groups[0]["lr"]}
+        diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up=number <= WARMUP_UPDATES)
+        seconds = time.time() - began
+        diagnostics |= {
+            "explained_variance": explained_variance(batch["value"], batch["returns"]),
+            "decisions_per_second": accelerator.num_processes * len(batch["value"]) / seconds,
+            "update_share": 1 - rollout_seconds / seconds,
+            "seconds": seconds,
+        }
+        yield number, gather_object(episodes), diagnostics, saved_state(number)
 
 
 def main():
-    car_racing_env.check_constants()
-    checks.check_constants(
-        globals(), SEED=(int, 0, None), NUM_ENVS=(int, 2, None), TORCH_THREADS=(int, 1, None), NUM_STEPS=(int, 1, None),
-        TOTAL_UPDATES=(int, 1, None), K_EPOCHS=(int, 1, None), MINIBATCH_SIZE=(int, 1, None), RESUME=(bool, None, None),
-        WARMUP_UPDATES=(int, 0, None), LEARNING_RATE=(float, 0, 1), VALUE_LEARNING_RATE=(float, 0, 1),
-        GAMMA=(float, 0, 0.9999), GAE_LAMBDA=(float, 0, 1), CLIP=(float, 0, 1), ENTROPY_COEF=(float, 0, None),
-        KL_COEF=(float, 0, None), VALUE_COEF=(float, 0, None), MAX_GRAD_NORM=(float, 0, None),
-        NORMALIZE_RETURN=(bool, None, None), TRAIN_LORA=(bool, None, None), EVALUATIONS=(int, 1, None),
-        MICROBATCH_SIZE=(int, 1, None), VIDEO_EVERY=(int, 1, None), VIDEO_TRACK=(int, 0, None),
-        LORA_RANK=(int, 1, None), LORA_ALPHA=(float, 0, None), LORA_LEARNING_RATE=(float, 0, 1),
-        STD_WEIGHT=(float, 0, None), EVAL_TRACKS=(range, None, None), ADAPTER=(str, None, None),
-        BASE_WITHOUT_ADAPTER=(str, None, None), RESULTS_DIR=(str, None, None),
-    )  # fmt: skip
-    if not EVAL_TRACKS:
-        raise checks.BadInput("EVAL_TRACKS in ppo_git_with_prompt.py is empty: use range(100_000, 100_020)")
-    began, facts = time.time(), run_files.run_facts() | {"frame_skip": car_racing_env.FRAME_SKIP}
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    results, facts_of_policy = ROOT / RESULTS_DIR, policy_facts()
-    identity = run_identity(facts_of_policy, world_size)
-    state = load_state(results / "state.pt", identity) if RESUME else None
-    envs = make_envs(SEED, rank)
-    writer, began_writing, bar = None, False, None
-    try:
-        threads_of_update = torch.get_num_threads() if TRAIN_LORA else TORCH_THREADS  # the simulators rest meanwhile
+    rank, world_size = processes.join_torchrun()
+    results, frames_per_update = ROOT / RESULTS_DIR, world_size * NUM_ENVS * NUM_STEPS * FRAME_SKIP
+    if not EVAL_TRACKS or min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
+        raise checks.BadInput(f"EVAL_TRACKS = {EVAL_TRACKS}: validation tracks start at {car_racing_env.TRAIN_TRACKS}")
+    with contextlib.ExitStack() as stack:
+        envs = stack.enter_context(contextlib.closing(make_envs(SEED, NUM_ENVS, rank=rank)))
         torch.set_num_threads(TORCH_THREADS)
-        # the other processes wait while the first one evaluates
-        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
-        accelerator = Accelerator(cpu=model_file.device().type == "cpu", kwargs_handlers=[patience])
+        accelerator = processes.make_accelerator(model_file.device())
+        stack.callback(accelerator.end_training)
         torch.manual_seed(SEED)
-        model = load_model()
-        groups = [
-            {"params": [*model.policy_head.parameters()], "lr": LEARNING_RATE},
-            {"params": [*model.value_head.parameters()], "lr": VALUE_LEARNING_RATE},
-        ]
+        model = GitText2ActionWithPrompt.from_pretrained(MODEL)
         if TRAIN_LORA:
-            lora = [p for name, p in model.named_parameters() if "lora_" in name]
-            groups.append({"params": lora, "lr": LORA_LEARNING_RATE})
-        optimizer = torch.optim.Adam(groups, eps=1e-5)
-        peak_rates = [group["lr"] for group in groups]
-        normalizer = ReturnNormalizer(world_size * NUM_ENVS, GAMMA)
-        first_update, episode, env_frames, best = 1, 0, 0, -np.inf
-        seconds_before = state["seconds"] if state else 0.0
+            model.add_lora(LORA_RANK, LORA_ALPHA)
         if rank:
-            torch.manual_seed(SEED + rank)  # the same start, other actions
-        if state:
-            model.load_state_dict(state["model"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            normalizer.load_state_dict(state["normalizer"])
-            first_update, episode = state["update"] + 1, state["episode"]
-            env_frames, best = state["env_frames"], state["best"]
-            set_rng_states(state["processes"][rank]["rng"], model.device)
-            for half, snapshots in zip(envs, state["processes"][rank]["episodes"]):
-                half.set_attr("resume_from", snapshots)
-        frames_per_update = world_size * NUM_ENVS * NUM_STEPS * car_racing_env.FRAME_SKIP
-        results.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            decisions = (TOTAL_UPDATES - first_update + 1) * NUM_ENVS * NUM_STEPS
-            expected = (0.02 if TRAIN_LORA else 0.0025) * decisions + 1.0 * (EVALUATIONS + 1) * len(EVAL_TRACKS)
-            print(
-                f"PPO on {ADAPTER or BASE_WITHOUT_ADAPTER}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames in "
-                f"{world_size * NUM_ENVS} environments, {sum(p.numel() for g in groups for p in g['params']):,} parameters "
-                f"train; writes {RESULTS_DIR}/, {checks.duration(expected)} for git-tiny"
-            )
-            began_writing = True
-            if not state:
-                if (results / "state.pt").exists():
-                    print(f"replaces the run in {RESULTS_DIR}/")
-                (results / "state.pt").unlink(missing_ok=True)
-                shutil.rmtree(results / "tensorboard", ignore_errors=True)
-            resume_after = state["update"] if state else None
-            reward_log, update_log, eval_log = (
-                run_files.Log(results / f"{name}_log.csv", keep_until=resume_after)
-                for name in ("reward", "update", "eval")
-            )
-            writer = tensorboard(results / "tensorboard", env_frames)
-        driver = evaluate.Policy(model)
+            torch.manual_seed(SEED + rank)  # the same heads, other actions
+        modules = globals(), vars(model_file), vars(car_racing_env)
+        run = run_files.describe_run(*modules, processes=world_size, **model.source)
+        driver, state, best, episode = evaluate.Policy(model), None, -np.inf, 0
+        if RESUME:
+            run, state = run_files.continue_run(results, run, MAY_CHANGE), run_files.load_state(results / "state.pt")
+            best, episode = state["best"], state["episode"]
+            checks.read_weights(results / "policy" / "policy.safetensors")  # the best so far
+        if rank == 0:
+            print(f"PPO on {MODEL}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames; writes {RESULTS_DIR}/")
+            logs = stack.enter_context(run_files.RunLogs(results, run, state))
 
-        if accelerator.is_main_process and not state:
-            log_evaluation(evaluate.Answers(model), "answers", 0, 0, eval_log, writer)
-            best = log_evaluation(driver, "policy", 0, 0, eval_log, writer)
-            draw_results.draw(results)
-            model.save_policy(results / "policy", **facts_of_policy)
-        frames = [half.reset()[0] for half in envs]
-        recent = collections.deque(maxlen=50)
-        bar = tqdm(
-            range(first_update, TOTAL_UPDATES + 1), initial=first_update - 1, total=TOTAL_UPDATES, unit="update",
-            disable=not accelerator.is_main_process,
-        )  # fmt: skip
-        for update in bar:
-            started = time.time()
-            decay = 1 - 0.9 * (update - 1) / max(1, TOTAL_UPDATES - 1)
-            for group, peak in zip(optimizer.param_groups, peak_rates):
-                group["lr"] = peak * decay
-            frames, rollout, episodes = collect_rollout(envs, frames, model)
-            rollout_seconds = time.time() - started
-            reward = rollout["reward"]
-            if NORMALIZE_RETURN:
-                reward = normalize_rewards(normalizer, reward, rollout["done"], accelerator)
-            advantage, returns = compute_gae(
-                reward,
-                rollout["value"],
-                rollout["next_value"],
-                rollout["terminated"],
-                rollout["done"],
-                GAMMA,
-                GAE_LAMBDA,
-            )
-            keys = ["features", "answer_log_probs", "dropout", "action", "log_prob", "value"] + ["frames"] * TRAIN_LORA
-            batch = {key: rollout[key].flatten(0, 1) for key in keys}
-            batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
-            torch.set_num_threads(threads_of_update)
-            diagnostics = update_policy(model, optimizer, batch, update <= WARMUP_UPDATES, accelerator)
-            torch.set_num_threads(TORCH_THREADS)
-            seconds = time.time() - started
-            snapshots = [list(half.call("snapshot")) for half in envs]
-            everyone = gather_object([{"rng": rng_states(model.device), "episodes": snapshots}])
-            episodes = sorted(gather_object(episodes), key=lambda finished: finished[0])
-            if not accelerator.is_main_process:
+        evaluate_at = {TOTAL_UPDATES * i // EVALUATIONS for i in range(EVALUATIONS + 1)}
+        bar = tqdm(total=TOTAL_UPDATES, initial=state["update"] if state else 0, unit="update", disable=rank > 0)
+        stack.enter_context(bar)  # an error begins a line of its own
+        for number, episodes, diagnostics, new_state in train(model, envs, accelerator, state):
+            if rank:  # the first process keeps the books
                 continue
-
-            for decision, info in episodes:
+            env_frames = number * frames_per_update
+            for decision, info in sorted(episodes, key=lambda finished: finished[0]):
                 episode += 1
-                frame = env_frames + (decision + 1) * frames_per_update // NUM_STEPS
-                reward_log.write({
-                    "episode": episode, "update": update, "env_frames": frame,
-                    "return": float(info["episode_return"]), "length": int(info["episode_length"]),
-                    "end": info["end"], "track_seed": int(info["track_seed"]),
-                })  # fmt: skip
-                recent.append(float(info["episode_return"]))
-                if writer:
-                    writer.add_scalar("charts/episodic_return", info["episode_return"], frame)
+                frame = env_frames - frames_per_update + (decision + 1) * frames_per_update // NUM_STEPS
+                logs.episode({"episode": episode, "update": number, "env_frames": frame, **info})
                 if episode == 10 or episode % VIDEO_EVERY == 0:
-                    evaluate.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
-            env_frames += frames_per_update
-            row = {
-                "update": update, "env_frames": env_frames, "learning_rate": optimizer.param_groups[0]["lr"], **diagnostics,
-                "explained_variance": explained_variance(batch["value"], batch["returns"]),
-                "decisions_per_second": world_size * NUM_ENVS * NUM_STEPS / seconds,
-                "update_share": 1 - rollout_seconds / seconds, "seconds": seconds,
-            }  # fmt: skip
-            update_log.write(row)
-            if writer:
-                for key, x in row.items():
-                    writer.add_scalar(f"losses/{key}", x, env_frames)
-            bar.set_postfix(
-                episodic_return=f"{np.mean(recent):.0f}" if recent else "-", fps=f"{frames_per_update / seconds:.0f}"
-            )
-            evaluations_done = update * EVALUATIONS // TOTAL_UPDATES
-            if evaluations_done > (update - 1) * EVALUATIONS // TOTAL_UPDATES:
-                score = log_evaluation(driver, "policy", update, env_frames, eval_log, writer)
-                draw_results.draw(results)
-                if score > best:
-                    best = score
-                    model.save_policy(results / "policy", **facts_of_policy)
-            save_state(results / "state.pt", {
-                "model": model.trained_parameters(), "optimizer": optimizer.state_dict(),
-                "normalizer": normalizer.state_dict(), "update": update, "episode": episode, "env_frames": env_frames,
-                "best": float(best), "processes": everyone, "identity": identity,
-                "seconds": seconds_before + time.time() - began,
-            })  # fmt: skip
-        if accelerator.is_main_process:
-            best_driver = evaluate.Policy(model_file.GitText2ActionWithPrompt.from_policy(results / "policy"))
-            total = evaluate.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
-            print(f"best policy on track {VIDEO_TRACK}: {total:.1f} (video_final.mp4)")
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "stopped by Ctrl-C: logs, graphs and the last saved policy are kept; RESUME = True continues after the last update"
-        ) from None
-    except (EOFError, ConnectionError):
-        raise checks.BadInput(
-            "a simulator's process ended (killed, or out of memory?): RESUME = True continues after the last update; "
-            "lower NUM_ENVS in ppo_git_with_prompt.py if it happens again"
-        ) from None
-    finally:
-        if bar is not None:
-            bar.close()
-        for half in envs:
-            evaluate.close_envs(half)
-        if writer:
-            writer.close()
-        if began_writing:
-            modules = [sys.modules[__name__], model_file, car_racing_env]
-            run_files.write_run(results, modules, began - seconds_before, facts)
-            draw_results.draw(results)
-    accelerator.end_training()
-    if rank == 0:
-        print(f"wrote {RESULTS_DIR}/ in {(time.time() - began) / 60:.1f} minutes; next: python evaluate.py")
+                    film.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
+            if number:
+                logs.update({"update": number, "env_frames": env_frames, **diagnostics})
+                bar.update()
+            else:
+                answers = evaluate.score(evaluate.Answers(model), EVAL_TRACKS)
+                logs.evaluation({"update": number, "env_frames": env_frames, "driver": "answers", **answers})
+            if number in evaluate_at:
+                summary = evaluate.score(driver, EVAL_TRACKS)
+                logs.evaluation({"update": number, "env_frames": env_frames, "driver": "policy", **summary})
+                plots.draw_ppo(results)
+                if summary["mean"] - STD_WEIGHT * summary["std"] > best:
+                    best = summary["mean"] - STD_WEIGHT * summary["std"]
+                    model.save_policy(results / "policy", validation=summary)
+            run_files.save_state(results / "state.pt", new_state | {"best": float(best), "episode": episode})
+        if rank == 0:
+            best_driver = evaluate.Policy(GitText2ActionWithPrompt.from_policy(results / "policy"))
+            total = film.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
+            print(f"best policy on track {VIDEO_TRACK}: {total:.1f}; wrote {RESULTS_DIR}/; next: python evaluate.py")
 
 
 if __name__ == "__main__":

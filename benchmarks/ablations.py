@@ -6,78 +6,67 @@ At the end it prints `table()`. The frames, the discount per frame and the frame
     python -m benchmarks.ablations      # 7 minutes a run on two CPU cores
 """
 
+import contextlib
+import dataclasses
 import json
-import multiprocessing
-import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-import run_files
+import evaluate
+import GitText2ActionWithPrompt as model_file
+import ppo_git_with_prompt as ppo
+from car_racing_env import FRAME_SKIP, REWARDS
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt
+from support import checks, processes, run_files
 
 OUTPUT = Path(__file__).parent / "ablations"
 SEEDS = (1, 2)
 FRAMES = 150_000
 TRACKS = range(100_000, 100_100)
-# name: constants by module; "ppo" is the run's script, "model" the model class file, "world" the environment
-CHANGES = {
+CHANGES = {  # name: what `run` changes
     "as it is": {},
-    "no return normalisation": {"ppo": {"NORMALIZE_RETURN": False}},
-    "hidden layer of 32, no dropout": {"model": {"HEAD_SIZE": 32, "DROPOUT": 0.0}},
-    "no clipped rewards": {"world": {"REWARD_CLIP": 1e9}},
-    "K_EPOCHS = 1": {"ppo": {"K_EPOCHS": 1}},
-    "LANGUAGE_PRIOR = 0": {"model": {"LANGUAGE_PRIOR": 0.0}},
-    "base without the adapter, LANGUAGE_PRIOR = 0": {"ppo": {"ADAPTER": ""}, "model": {"LANGUAGE_PRIOR": 0.0}},
-    "penalties from the start": {"world": {"PENALTY_RAMP": 0.0}},
-    "FRAME_SKIP = 1": {"world": {"FRAME_SKIP": 1}},
-    "FRAME_SKIP = 4": {"world": {"FRAME_SKIP": 4}},
-    "TRAIN_LORA": {"ppo": {"TRAIN_LORA": True}},  # five passes backward through the model: half an hour
+    "no return normalisation": {"train": {"normalize_return": False}},
+    "hidden layer of 32, no dropout": {"head": {"head_size": 32, "dropout": 0.0}},
+    "no clipped rewards": {"rewards": {"clip": 1e9}},
+    "K_EPOCHS = 1": {"train": {"k_epochs": 1}},
+    "LANGUAGE_PRIOR = 0": {"head": {"language_prior": 0.0}},
+    "base without the adapter, LANGUAGE_PRIOR = 0": {"model": "offline/git-tiny", "head": {"language_prior": 0.0}},
+    "penalties from the start": {"rewards": {"penalty_ramp": 0.0}},
+    "FRAME_SKIP = 1": {"frame_skip": 1},  # the adapter was taught at 2
+    "FRAME_SKIP = 4": {"frame_skip": 4},
+    "TRAIN_LORA": {"lora": True},  # five passes backward through the model: half an hour
 }
 
 
-def run(changes, seed, path):
-    """One PPO run in this process; its last policy's score on TRACKS goes to `path`."""
-    import car_racing_env
-    import evaluate
-    import GitText2ActionWithPrompt as model_file
-    import ppo_git_with_prompt as ppo
-
-    modules = {"ppo": ppo, "model": model_file, "world": car_racing_env}
-    for module, constants in changes.items():
-        for name, value in constants.items():
-            setattr(modules[module], name, value)
-    skip = car_racing_env.FRAME_SKIP
-    car_racing_env.check_frame_skip = lambda *args: None  # the adapter was taught at skip 2: that is the experiment
-    ppo.GAMMA **= skip / 2
-    ppo.NUM_STEPS = ppo.NUM_STEPS * 2 // skip
-    ppo.SEED, ppo.TOTAL_UPDATES = seed, round(FRAMES / (ppo.NUM_ENVS * ppo.NUM_STEPS * skip))
-    ppo.EVALUATIONS, ppo.VIDEO_EVERY = 1, 10**9
-    scores = {}
-    evaluate_tracks = evaluate.evaluate
-
-    def evaluate_the_last(driver, tracks, num_envs):
-        """Only the evaluation at the end costs time; the one before training is that of the answers, known already."""
-        if scores.setdefault("calls", 0) < 2:
-            scores["calls"] += 1
-            return [{"return": 0.0, "end": "time"}]
-        scores["last"] = evaluate_tracks(driver, TRACKS, num_envs)
-        return scores["last"]
-
-    evaluate.evaluate = evaluate_the_last
-    evaluate.record_video = lambda *args: 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        ppo.RESULTS_DIR = folder
-        ppo.main()
-    schedule = {"gamma": ppo.GAMMA, "num_steps": ppo.NUM_STEPS, "total_updates": ppo.TOTAL_UPDATES}
-    facts = {
-        "changes": changes,
-        "seed": seed,
-        **schedule,
-        "frames": ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * skip,
+def run(changes, seed):
+    """One PPO run; returns its settings and the scores of its last policy on TRACKS."""
+    skip = changes.get("frame_skip", FRAME_SKIP)
+    num_steps = ppo.NUM_STEPS * FRAME_SKIP // skip
+    schedule = {
+        "gamma": ppo.GAMMA ** (skip / FRAME_SKIP),
+        "num_steps": num_steps,
+        "total_updates": round(FRAMES / (ppo.NUM_ENVS * num_steps * skip)),
     }
-    summary = evaluate.summarize(scores["last"])
-    returns = [round(score["return"], 1) for score in scores["last"]]
-    run_files.write_json(path, facts | summary | {"returns": returns} | run_files.run_facts())
+    rewards = dataclasses.replace(REWARDS, **changes.get("rewards", {}))
+    with contextlib.closing(ppo.make_envs(seed, rewards=rewards, frame_skip=skip)) as envs:
+        torch.set_num_threads(ppo.TORCH_THREADS)
+        torch.manual_seed(seed)
+        model = GitText2ActionWithPrompt.from_pretrained(changes.get("model", ppo.MODEL), **changes.get("head", {}))
+        if changes.get("lora"):
+            model.add_lora(ppo.LORA_RANK, ppo.LORA_ALPHA)
+        torch.manual_seed(seed)
+        accelerator = processes.make_accelerator(model_file.device())
+        updates = ppo.train(model, envs, accelerator, **schedule, **changes.get("train", {}))
+        for _ in tqdm(updates, total=1 + schedule["total_updates"], unit="update"):
+            pass
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    scores = evaluate.evaluate(evaluate.Policy(model), TRACKS, frame_skip=skip)
+    frames = schedule["total_updates"] * ppo.NUM_ENVS * num_steps * skip
+    facts = {"changes": changes, "seed": seed, **schedule, "frames": frames, **evaluate.summarize(scores)}
+    return facts | {"returns": [round(score["return"], 1) for score in scores]} | run_files.run_facts()
 
 
 def table():
@@ -105,20 +94,14 @@ def table():
 
 
 def main():
-    OUTPUT.mkdir(exist_ok=True)
     for name, changes in CHANGES.items():
         for seed in SEEDS:
             path = OUTPUT / f"{name}_seed{seed}.json"
-            if path.exists():
-                continue
-            print(f"{name}, seed {seed}", flush=True)
-            process = multiprocessing.get_context("spawn").Process(target=run, args=(changes, seed, path))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"the run {name!r}, seed {seed}, failed: see above")
+            if not path.exists():
+                print(f"{name}, seed {seed}", flush=True)
+                run_files.write_json(path, run(changes, seed))
     print(table())
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

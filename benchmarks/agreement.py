@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import evaluate
-import GitText2ActionWithPrompt as model_file
-import run_files
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
+from support import checks, run_files
+from support.run_files import ROOT
 
 POLICY = "results/published/policy"
 TRACKS = range(100_000, 100_020)
@@ -33,20 +34,21 @@ class Watched:
     def __call__(self, frames, infos):
         features, scores = self.model.encode(frames)
         action = self.model.head(features, scores)[0].argmax(1)
-        answers = list(model_file.ANSWERS)
+        answers = list(ANSWERS)
         said = [answers.index(text) if text in answers else -1 for text in self.model.answer(frames)]
         for frame, *decision in zip(frames, said, scores.argmax(1).tolist(), action.tolist()):
-            self.said.append(decision[0]), self.before.append(decision[1]), self.done.append(decision[2])
+            for column, answer in zip((self.said, self.before, self.done), decision):
+                column.append(answer)
             if decision[0] != decision[2]:
                 self.frames.append((frame.copy(), decision[0], decision[2]))
-        return evaluate.to_simulator(action)
+        return to_simulator(action)
 
 
 def agreement(said, done):
     """Overall and per said answer: share of decisions in which the action is the answer, and their count."""
     said, done = np.array(said), np.array(done)
     table = {"all": {"agreement": round(float((said == done).mean()), 4), "decisions": len(said)}}
-    for i, answer in enumerate(model_file.ANSWERS):
+    for i, answer in enumerate(ANSWERS):
         rows = said == i
         if rows.any():
             table[answer] = {"agreement": round(float((done[rows] == i).mean()), 4), "decisions": int(rows.sum())}
@@ -55,14 +57,14 @@ def agreement(said, done):
 
 def changes(said, done):
     """How many decisions turned one answer into another action, the most frequent first."""
-    names = [*model_file.ANSWERS, "no answer"]
+    names = [*ANSWERS, "no answer"]
     counts = Counter(f"{names[a]} -> {names[b]}" for a, b in zip(said, done) if a != b)
     return dict(counts.most_common())
 
 
 def sheet(frames, path, columns=6, size=192):
     """PICTURES of the differing frames, evenly spread over the drive, with "said -> done" below each."""
-    answers = [*model_file.ANSWERS, "no answer"]
+    answers = [*ANSWERS, "no answer"]
     chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(PICTURES, len(frames))).astype(int)]
     rows = -(-len(chosen) // columns)
     picture = Image.new("RGB", (columns * (size + 4), rows * (size + 20)), "white")
@@ -75,9 +77,9 @@ def sheet(frames, path, columns=6, size=192):
 
 
 def main():
-    model = model_file.GitText2ActionWithPrompt.from_policy(run_files.ROOT / POLICY)
-    watched = Watched(model)
-    scores = evaluate.evaluate(watched, TRACKS, evaluate.NUM_ENVS)
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    watched = Watched(GitText2ActionWithPrompt.from_policy(ROOT / POLICY))
+    scores = evaluate.evaluate(watched, TRACKS)
     results = {
         "before_ppo": agreement(watched.said, watched.before),
         "after_ppo": agreement(watched.said, watched.done),
@@ -95,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-import run_files
+from support import run_files
 
 RESULTS = Path(__file__).parent / "results.json"
 ROUNDS = 7

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import evaluate
-import GitText2ActionWithPrompt as model_file
-import run_files
 import train_git_lora_carllava_style as stage2
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt
+from support import checks, run_files
+from support.run_files import ROOT
 
 NEAREST = (0.01, 0.05, 0.25, 1.0)  # shares of the validation frames, the most alike pairs first
 OUTPUT = Path(__file__).parent / "contradiction.json"
@@ -26,7 +27,7 @@ OUTPUT = Path(__file__).parent / "contradiction.json"
 
 def load(split):
     """The split, its frames in grey, float32 (N, 2304) of 48 x 48 pixels, and its answers, int64 (N,)."""
-    data = stage2.Captions(run_files.ROOT / stage2.DATA_DIR / split)
+    data = stage2.Captions(ROOT / stage2.DATA_DIR / split)
     frames, answers = [], []
     for frame, answer in tqdm((data[i] for i in range(len(data))), total=len(data), desc=split, leave=False):
         grey = torch.tensor(frame, dtype=torch.float32).mean(-1)
@@ -42,12 +43,12 @@ def main():
     distance, nearest = zip(*(torch.cdist(part, frames).min(1) for part in tqdm(seen.split(100), leave=False)))
     distance, nearest = torch.cat(distance) / frames.shape[1] ** 0.5, torch.cat(nearest)
     contradicts = answers[nearest] != truth
-    model, names = evaluate.load_answerer(evaluate.ADAPTER), list(model_file.ANSWERS)
+    model, names = GitText2ActionWithPrompt.from_pretrained(evaluate.MODEL), list(ANSWERS)
     said = [model.answer(np.stack([data[i][0] for i in rows])) for rows in torch.arange(len(data)).split(100)]
     wrong = torch.tensor([text != names[i] for text, i in zip(sum(said, []), truth)])
     order, rows = distance.argsort(), []
     for share in NEAREST:
-        pairs = order[: round(share * len(order))]
+        pairs = order[: max(1, round(share * len(order)))]
         rows.append(
             {
                 "pairs": len(pairs),
@@ -66,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -8,67 +8,41 @@ Writes its claims to benchmarks/results.json.
     python -m benchmarks.ppo      # 6 minutes
 """
 
+import contextlib
 import multiprocessing
-import tempfile
 import threading
 import time
 
-import gymnasium as gym
 import numpy as np
 import psutil
+import torch
 
+import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
 from benchmarks import compare
+from support import processes
 
 ROUNDS = 3
-UPDATES = 2  # timed, after one to warm up
-
-
-class Stopwatch:
-    """Adds up the time spent in the functions that it wraps."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def wrap(self, function):
-        def timed(*args, **kwargs):
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.seconds += time.perf_counter() - began
-            return result
-
-        return timed
+UPDATES = 2  # timed, after WARMUP_UPDATES in which only the value learns
+DECISIONS = UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS
 
 
 def run_ours(pipe):
-    """The script's own main() without evaluations and videos; sends decisions per second and the share of its own."""
-    watch = Stopwatch()
-    ppo.TOTAL_UPDATES, ppo.WARMUP_UPDATES, ppo.EVALUATIONS = 1 + UPDATES, 1, 1
-    ppo.evaluate.evaluate = lambda act, tracks, envs: [{"return": 0.0, "end": "time"} for _ in tracks]
-    ppo.evaluate.record_video = lambda *args: 0.0
-    vector = gym.vector.AsyncVectorEnv
-    vector.step_wait, vector.step_async = watch.wrap(vector.step_wait), watch.wrap(vector.step_async)
-    model = ppo.model_file.GitText2ActionWithPrompt
-    model.encode = watch.wrap(model.encode)
-    marks = []
-    update = ppo.update_policy
-    # the script's time outside simulator and backbone, from the first update's end to the last one's
-
-    def marked(*args, **kwargs):
-        result = update(*args, **kwargs)
-        marks.append((time.perf_counter(), watch.seconds))
-        return result
-
-    ppo.update_policy = marked
-    with tempfile.TemporaryDirectory() as folder:
-        ppo.RESULTS_DIR = folder
-        ppo.main()
-    seconds = marks[-1][0] - marks[0][0]
-    busy = marks[-1][1] - marks[0][1]
-    pipe.send((UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS / seconds, 1 - busy / seconds))
+    """Sends decisions per second, and the share of the time that the updates take rather than the rollouts."""
+    with contextlib.closing(ppo.make_envs(ppo.SEED)) as envs:
+        torch.set_num_threads(ppo.TORCH_THREADS)
+        torch.manual_seed(ppo.SEED)
+        model = model_file.GitText2ActionWithPrompt.from_pretrained(ppo.MODEL)
+        accelerator = processes.make_accelerator(model.device)
+        marks, shares = [], []
+        for _, _, diagnostics, _ in ppo.train(model, envs, accelerator, total_updates=ppo.WARMUP_UPDATES + UPDATES):
+            marks.append(time.perf_counter())
+            shares.append(diagnostics.get("update_share"))
+    pipe.send((DECISIONS / (marks[-1] - marks[-1 - UPDATES]), float(np.mean(shares[-UPDATES:]))))
 
 
 def run_peer(pipe):
+    """Sends decisions per second."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     from benchmarks.sb3_baseline import make_agent
@@ -83,10 +57,9 @@ def run_peer(pipe):
             marks.append(time.perf_counter())
 
     agent = make_agent(ppo.NUM_ENVS, ppo.NUM_STEPS)
-    agent.learn((2 + UPDATES) * ppo.NUM_ENVS * ppo.NUM_STEPS, Clock())
+    agent.learn((2 + UPDATES) * ppo.NUM_ENVS * ppo.NUM_STEPS, Clock(), log_interval=None)
     agent.get_env().close()
-    seconds = marks[1 + UPDATES] - marks[1]
-    pipe.send((UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS / seconds, None))
+    pipe.send((DECISIONS / (marks[1 + UPDATES] - marks[1]), None))
 
 
 def watch_memory(process, peak):
@@ -101,7 +74,7 @@ def watch_memory(process, peak):
 
 
 def measure(run):
-    """One run in a fresh process: decisions per second, share of its own, peak memory in MB."""
+    """One run in a fresh process: decisions per second, the updates' share of the time, peak memory in MB."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe()
     process = context.Process(target=run, args=(send,))
@@ -122,11 +95,9 @@ def main():
         peer.append(measure(run_peer))
         ours.append(measure(run_ours))
         print(f"decisions per second: peer {peer[-1][0]:.0f}, ours {ours[-1][0]:.0f}", flush=True)
-    share = float(np.median([run[1] for run in ours]))
-    compare.record(
-        "PPO loop: ours vs Stable-Baselines3 CnnPolicy", "ms_per_decision", [1e3 / run[0] for run in peer],
-        [1e3 / run[0] for run in ours], share_outside_simulator_and_backbone=round(share, 3),
-    )  # fmt: skip
+    costs = ([1e3 / run[0] for run in runs] for runs in (peer, ours))
+    share = round(float(np.median([run[1] for run in ours])), 3)
+    compare.record("PPO loop: ours vs Stable-Baselines3 CnnPolicy", "ms_per_decision", *costs, update_share=share)
     compare.record("peak memory: ours vs Stable-Baselines3", "mb", [run[2] for run in peer], [run[2] for run in ours])
 
 

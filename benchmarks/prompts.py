@@ -12,15 +12,16 @@ import numpy as np
 import torch
 
 import evaluate
-import GitText2ActionWithPrompt as model_file
-import run_files
 import train_git_lora_carllava_style as stage2
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, parse_answer, prompt_ids
+from support import checks, run_files
+from support.run_files import ROOT
 
 POLICY = "results/published/policy"
 TRACKS = range(100_000, 100_020)
 OUTPUT = Path(__file__).parent / "prompts.json"
 PROMPTS = {
-    "task": model_file.PROMPT,
+    "task": PROMPT,
     "paraphrase": "What should the car do now?",
     "paraphrase, longer": "In this scenario, which action should the vehicle take?",
     "empty": "",
@@ -29,33 +30,46 @@ PROMPTS = {
 }
 
 
-@torch.no_grad()
-def exact_answers(model, data):
+class Asked:
+    """The model, asked another question."""
+
+    def __init__(self, model, question):
+        self.model, self.question = model, question
+
+    def answer(self, frames):
+        """One of ANSWERS for each frame, or whatever else the model says."""
+        return [parse_answer(text) or text for text in self.model.ask(frames, self.question)]
+
+
+def exact_answers(asked, data):
     """Share of the captions whose answer the model generates."""
-    right, answers = 0, list(model_file.ANSWERS)
+    right, answers = 0, list(ANSWERS)
     for rows in torch.arange(len(data)).split(128):
         frames, truth = zip(*(data[i] for i in rows))
-        right += sum(said == answers[true] for said, true in zip(model.answer(np.stack(frames)), truth))
+        right += sum(said == answers[true] for said, true in zip(asked.answer(np.stack(frames)), truth))
     return right / len(data)
 
 
 def main():
-    model = model_file.GitText2ActionWithPrompt.from_policy(run_files.ROOT / POLICY)
-    data = stage2.Captions(run_files.ROOT / stage2.DATA_DIR / "validation")
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    model = GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+    data = stage2.Captions(ROOT / stage2.DATA_DIR / "validation")
     results = {}
     for name, prompt in PROMPTS.items():
-        model.prompt = model_file.prompt_ids(model.processor.tokenizer, prompt)
-        answers, policy = evaluate.Answers(model), evaluate.Policy(model)
-        results[name] = {
+        asked = Asked(model, prompt)
+        answers, policy = evaluate.Answers(asked), evaluate.Policy(model)
+        model.prompt = prompt_ids(model.processor.tokenizer, prompt)
+        row = {
             "prompt": prompt,
-            "exact_answers": round(exact_answers(model, data), 4),
-            "answers": evaluate.summarize(evaluate.evaluate(answers, TRACKS, evaluate.NUM_ENVS)),
+            "exact_answers": round(exact_answers(asked, data), 4),
+            "answers": evaluate.score(answers, TRACKS),
             "unparsable_share": round(answers.unparsable / answers.words, 4),
-            "policy": evaluate.summarize(evaluate.evaluate(policy, TRACKS, evaluate.NUM_ENVS)),
+            "policy": evaluate.score(policy, TRACKS),
         }
+        results[name] = row
         print(
-            f"{name}: exact {results[name]['exact_answers']:.1%}, answers {results[name]['answers']['mean']:.1f}, "
-            f"policy {results[name]['policy']['mean']:.1f}",
+            f"{name}: exact {row['exact_answers']:.1%}, answers {row['answers']['mean']:.1f}, "
+            f"policy {row['policy']['mean']:.1f}",
             flush=True,
         )
     facts = {"frames": len(data), "tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY}
@@ -63,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -1,16 +1,14 @@
 """Stable-Baselines3 PPO with `CnnPolicy` in the same conditions: same environments, workers, frame skip, evaluations.
 
-Trains until it has had both the frames and the wall-clock of the run in RESULTS_DIR. Writes RESULTS_DIR/sb3_eval_log.csv, which
-draw_results.py draws into reward_curve.png, and sb3_run.json.
+Trains until it has had both the frames and the wall-clock of the run in RESULTS_DIR. Writes RESULTS_DIR/sb3_eval_log.csv
+and sb3_run.json.
 
     pip install stable-baselines3
     python -m benchmarks.sb3_baseline      # 25 minutes on two CPU cores, after a run of ppo_git_with_prompt.py
 """
 
 import contextlib
-import csv
 import functools
-import json
 import time
 
 import numpy as np
@@ -21,10 +19,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTransposeImage
 
 import car_racing_env
-import draw_results
 import evaluate
 import ppo_git_with_prompt as ppo
-import run_files
+from support import checks, run_files
+from support.run_files import ROOT
 
 RESULTS_DIR = "results"
 LEARNING_RATE = 3e-4  # Stable-Baselines3's own
@@ -46,8 +44,8 @@ class Evaluate(BaseCallback):
 
     def __init__(self, path, frames, seconds):
         super().__init__()
-        self.path, self.frames, self.seconds = path, frames, seconds
-        self.began, self.next_evaluation, self.rows = time.time(), 0, []
+        self.log, self.frames, self.seconds = run_files.Log(path), frames, seconds
+        self.began, self.next_evaluation = time.time(), 0
 
     def _on_step(self):
         return True
@@ -58,13 +56,9 @@ class Evaluate(BaseCallback):
         done = frames >= self.frames and time.time() - self.began > self.seconds
         if frames >= self.next_evaluation or done:
             self.next_evaluation += self.frames // ppo.EVALUATIONS
-            scores = evaluate.evaluate(Driver(self.model), ppo.EVAL_TRACKS, evaluate.NUM_ENVS)
-            row = {"env_frames": frames, "seconds": round(time.time() - self.began), **evaluate.summarize(scores)}
-            self.rows.append(row)
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-                writer.writerows(self.rows)
+            summary = evaluate.score(Driver(self.model), ppo.EVAL_TRACKS)
+            row = {"env_frames": frames, "seconds": round(time.time() - self.began), **summary}
+            self.log.write(row)
             print(f"{frames:,} frames, {row['seconds']} s: {row['mean']:.1f} ± {row['std']:.1f}", flush=True)
         if done:
             raise StopIteration
@@ -72,7 +66,8 @@ class Evaluate(BaseCallback):
 
 def make_agent(num_envs, n_steps):
     """The peer on our training environments, rewards normalised by the running std of the return as ours are."""
-    makers = [functools.partial(ppo.make_worker_env, i, SEED, **ppo.env_settings()) for i in range(num_envs)]
+    seeds = range(SEED * 10_000, SEED * 10_000 + num_envs)  # those of ppo.make_envs
+    makers = [functools.partial(car_racing_env.make_training_env, seed) for seed in seeds]
     envs = VecNormalize(SubprocVecEnv(makers), norm_obs=False, clip_reward=np.inf, gamma=ppo.GAMMA)
     torch.set_num_threads(2)
     return PPO(
@@ -83,23 +78,16 @@ def make_agent(num_envs, n_steps):
 
 
 def main():
-    began, facts = time.time(), run_files.run_facts()
-    results = run_files.ROOT / RESULTS_DIR
-    run = json.loads((results / "run.json").read_text())
+    began, results = time.time(), ROOT / RESULTS_DIR
+    seconds = checks.read_json(results / "run.json", "run ppo_git_with_prompt.py first")["seconds"]
     frames = int(run_files.read_log(results / "update_log.csv")[-1]["env_frames"])
+    run = run_files.describe_run(globals(), vars(ppo), stable_baselines3=stable_baselines3.__version__)
     agent = make_agent(ppo.NUM_ENVS, ppo.NUM_STEPS)
-    callback = Evaluate(results / "sb3_eval_log.csv", frames, run["seconds"])
     with contextlib.suppress(StopIteration):
-        agent.learn(10**9, callback)
+        agent.learn(10**9, Evaluate(results / "sb3_eval_log.csv", frames, seconds), log_interval=None)
     agent.get_env().close()
-    draw_results.draw(results)
-    run_files.write_json(
-        results / "sb3_run.json",
-        facts
-        | {"stable_baselines3": stable_baselines3.__version__, "learning_rate": LEARNING_RATE, "seed": SEED}
-        | {"seconds": round(time.time() - began)},
-    )
+    run_files.write_json(results / "sb3_run.json", run | {"seconds": round(time.time() - began)})
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -1,10 +1,11 @@
 """Decisions per second of the PPO rollout over the number of environments and over the model's size.
 
-Runs `collect_rollout` of ppo_git_with_prompt.py itself. Writes benchmarks/scaling.json and scaling.png.
+Runs `rollout` of ppo_git_with_prompt.py itself. Writes benchmarks/scaling.json and scaling.png.
 
     python -m benchmarks.scaling      # 6 minutes
 """
 
+import contextlib
 import copy
 import time
 from pathlib import Path
@@ -13,10 +14,9 @@ import matplotlib
 import torch
 from transformers import GitConfig, GitForCausalLM
 
-import evaluate
-import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
-import run_files
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt
+from support import checks, run_files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -27,32 +27,30 @@ DECISIONS = 1024  # a measurement
 OUTPUT = Path(__file__).parent
 
 
-def decisions_per_second(model, num_envs):
-    """Of `collect_rollout`, and how much of the time the model's pass takes."""
-    ppo.NUM_ENVS, ppo.NUM_STEPS = num_envs, max(8, DECISIONS // num_envs)
-    envs = ppo.make_envs(0, 0)
-    seconds, encode = [0.0], model.encode
+class Timed(GitText2ActionWithPrompt):
+    """The model with a stopwatch on its passes."""
 
-    def timed(frames):
+    seconds = 0.0
+
+    def encode(self, frames):
         began = time.perf_counter()
-        result = encode(frames)
-        seconds[0] += time.perf_counter() - began
+        result = super().encode(frames)
+        self.seconds += time.perf_counter() - began
         return result
 
-    try:
-        frames = [half.reset()[0] for half in envs]
-        frames, *_ = ppo.collect_rollout(envs, frames, model)  # warm up
-        model.encode = timed
-        began = time.perf_counter()
-        ppo.collect_rollout(envs, frames, model)
+
+def decisions_per_second(model, num_envs):
+    """Of `rollout`, and how much of the time the model's passes take."""
+    num_steps = max(8, DECISIONS // num_envs)
+    with contextlib.closing(ppo.make_envs(0, num_envs)) as envs:
+        frames, _ = envs.reset()
+        frames, _, _ = ppo.rollout(envs, frames, model, num_steps)  # to warm up
+        model.seconds, began = 0.0, time.perf_counter()
+        ppo.rollout(envs, frames, model, num_steps)
         total = time.perf_counter() - began
-    finally:
-        model.encode = encode
-        for half in envs:
-            half.close()
     return {
-        "decisions_per_second": round(num_envs * ppo.NUM_STEPS / total, 1),
-        "model_share": round(seconds[0] / total, 3),
+        "decisions_per_second": round(num_envs * num_steps / total, 1),
+        "model_share": round(model.seconds / total, 3),
     }
 
 
@@ -68,12 +66,12 @@ def sized(model, width):
         part._attn_implementation = "eager"
     torch.manual_seed(0)
     git = GitForCausalLM(config).eval().requires_grad_(False)
-    return model_file.GitText2ActionWithPrompt(git, copy.deepcopy(model.processor))
+    return Timed(git, model.processor)
 
 
 def main():
     torch.set_num_threads(ppo.TORCH_THREADS)
-    model = evaluate.load_answerer(evaluate.ADAPTER)
+    model = Timed.from_pretrained(ppo.MODEL)
     results = {"environments": {}, "models": {}}
     for count in NUM_ENVS:
         results["environments"][count] = decisions_per_second(model, count)
@@ -81,13 +79,14 @@ def main():
     for name, width in SIZES.items():
         other = sized(model, width)
         parameters = sum(p.numel() for p in other.git.parameters())
-        results["models"][name] = {"parameters": parameters, **decisions_per_second(other, 8)}
+        results["models"][name] = {"parameters": parameters, **decisions_per_second(other, ppo.NUM_ENVS)}
         print(f"{name}, {parameters:,} parameters: {results['models'][name]}", flush=True)
     run_files.write_json(OUTPUT / "scaling.json", results | run_files.run_facts())
     draw(results)
 
 
 def draw(results):
+    """scaling.png."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     rows = results["environments"]
     counts = [int(count) for count in rows]
@@ -109,4 +108,4 @@ def draw(results):
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional as F
 
 import evaluate
-import GitText2ActionWithPrompt as model_file
-import run_files
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt
+from support import checks, run_files
+from support.run_files import ROOT
 
 POLICY = "results/published/policy"
 TRACKS = range(100_100, 100_120)
@@ -68,17 +69,20 @@ class Shifted:
 
 
 def main():
-    model = model_file.GitText2ActionWithPrompt.from_policy(run_files.ROOT / POLICY)
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    model = GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
     results = {}
     for shift in (plain, recoloured, noise, blur, bar, blob):
-        results[shift.__name__] = {
-            name: evaluate.summarize(evaluate.evaluate(Shifted(driver, shift), TRACKS, evaluate.NUM_ENVS))
-            for name, driver in (("answers", evaluate.Answers(model)), ("policy", evaluate.Policy(model)))
-        }
-        print(f"{shift.__name__}: " + ", ".join(f"{n} {s['mean']:.1f} ± {s['std']:.1f}" for n, s in results[shift.__name__].items()), flush=True)  # fmt: skip
+        drivers = {"answers": evaluate.Answers(model), "policy": evaluate.Policy(model)}
+        scores = {name: evaluate.score(Shifted(driver, shift), TRACKS) for name, driver in drivers.items()}
+        results[shift.__name__] = scores
+        print(
+            f"{shift.__name__}: " + ", ".join(f"{n} {x['mean']:.1f} ± {x['std']:.1f}" for n, x in scores.items()),
+            flush=True,
+        )
     facts = {"tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY} | run_files.run_facts()
     run_files.write_json(OUTPUT, {"shifts": results} | facts)
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

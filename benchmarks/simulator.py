@@ -7,6 +7,7 @@ bursts, recorded once and replayed by everyone, so that all draw the same scenes
     python -m benchmarks.simulator      # 3 minutes
 """
 
+import itertools
 import multiprocessing
 import time
 
@@ -16,8 +17,10 @@ import torch
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 import car_racing_env
-import collect_captions
 from benchmarks import compare
+from car_racing_env import FRAME_SKIP, MAX_FRAMES
+from support import checks
+from teacher import PrivilegedState, RandomBursts, load_teacher
 
 TRACKS = range(8)
 IDENTICAL_TRACKS, IDENTICAL_FRAMES = range(1000, 1020), 500  # 10,000 frames on 20 tracks
@@ -27,13 +30,12 @@ START = 60  # first timed frame: the 50 before zoom in
 
 def record_drive(track, frames):
     """The simulator actions, one a frame, of the teacher with random bursts on one track."""
-    env = collect_captions.RandomBursts(car_racing_env.make_env(1, draw=False), track, 0.04, 7)
-    env = collect_captions.PrivilegedState(env, collect_captions.TILES_AHEAD)
-    teacher = collect_captions.load_teacher()
+    env = PrivilegedState(RandomBursts(car_racing_env.make_env(1, draw=False), track, 0.04, 7))
+    teacher = load_teacher()
     _, info = env.reset(seed=track)
     actions, done = [], False
     while len(actions) < frames and not done:
-        if len(actions) % car_racing_env.FRAME_SKIP == 0:
+        if len(actions) % FRAME_SKIP == 0:
             choice = int(teacher(torch.from_numpy(info["state"])[None]).argmax())
         _, _, terminated, truncated, info = env.step(choice)
         actions.append(info["action"])
@@ -41,16 +43,12 @@ def record_drive(track, frames):
     return actions
 
 
-def stock_env():
-    return gym.wrappers.TimeLimit(CarRacing(continuous=False), car_racing_env.MAX_FRAMES)
-
-
 class PlainSkip(gym.Wrapper):
     """Frame skip as it is usually written: every frame is drawn, the last one returned."""
 
     def step(self, action):
         total = 0.0
-        for _ in range(car_racing_env.FRAME_SKIP):
+        for _ in range(FRAME_SKIP):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += reward
             if terminated or truncated:
@@ -58,13 +56,17 @@ class PlainSkip(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def timed_drive(env, skip, drives):
-    """A round: FRAMES frames of the next track from frame START on; `seconds` holds the time of its steps alone."""
-    state = {"track": 0}
+def stock_env():
+    return gym.wrappers.TimeLimit(CarRacing(continuous=False), MAX_FRAMES)
 
-    def round_():
-        track = state["track"] % len(drives)
-        state["track"] += 1
+
+def plain_skip_env():
+    return PlainSkip(stock_env())
+
+
+def timed_drive(env, skip, drives):
+    """Rounds of FRAMES frames from frame START on, of one track after another; yields the ms a frame of the steps alone."""
+    for track in itertools.cycle(range(len(drives))):
         env.reset(seed=track)
         actions = drives[track][::skip]
         for action in actions[: START // skip]:
@@ -72,9 +74,7 @@ def timed_drive(env, skip, drives):
         began = time.perf_counter()
         for action in actions[START // skip : (START + FRAMES) // skip]:
             env.step(action)
-        return 1e3 * (time.perf_counter() - began) / FRAMES
-
-    return round_
+        yield 1e3 * (time.perf_counter() - began) / FRAMES
 
 
 def check_identity():
@@ -93,85 +93,65 @@ def check_identity():
 
 def worker(make, skip, drives, pipe):
     """A process that does a round whenever it is asked."""
-    round_ = timed_drive(make(), skip, drives)
+    rounds = timed_drive(make(), skip, drives)
     while pipe.recv():
-        pipe.send(round_())
+        pipe.send(next(rounds))
 
 
 def two_workers(make, skip, drives):
-    """Two processes that step at the same time; a round's cost is the mean ms per frame and process, over two."""
+    """Rounds of two processes that step at the same time; yields the mean ms per frame and process, over two."""
     pipes = []
     for _ in range(2):
         ours, theirs = multiprocessing.Pipe()
         multiprocessing.Process(target=worker, args=(make, skip, drives, theirs), daemon=True).start()
         pipes.append(ours)
-
-    def round_():
+    while True:
         for pipe in pipes:
             pipe.send(True)
-        return float(np.mean([pipe.recv() for pipe in pipes])) / 2
-
-    return round_
+        yield float(np.mean([pipe.recv() for pipe in pipes])) / 2
 
 
-def plain_skip_env():
-    return PlainSkip(stock_env())
-
-
-def skip_env():
-    return car_racing_env.make_env(car_racing_env.FRAME_SKIP)
-
-
-def envpool_rounds():
-    """EnvPool's C++ CarRacing, two environments on two threads, the same action repeat; None if it is not installed."""
-    try:
-        import envpool
-    except ImportError:
-        return None
+def two_of_envpool(envpool):
+    """Rounds of EnvPool's C++ CarRacing, two environments on two threads, the same action repeat."""
     envs = envpool.make_gymnasium("CarRacing-v3", num_envs=2, num_threads=2, seed=0)
     envs.reset()
     for _ in range(START):
         envs.step(np.tile(np.float32([0, 0.2, 0]), (2, 1)))
-    state = {"t": 0}
-
-    def round_():
+    for start in itertools.count(0, FRAMES):
         began = time.perf_counter()
-        for _ in range(FRAMES):
-            steer = 0.6 * ((state["t"] // 10) % 3 - 1)
-            state["t"] += 1
+        for t in range(start, start + FRAMES):
+            steer = 0.6 * ((t // 10) % 3 - 1)
             envs.step(np.tile(np.float32([steer, 0.2, 0]), (2, 1)))
-        return 1e3 * (time.perf_counter() - began) / (2 * FRAMES)
-
-    return round_
+        yield 1e3 * (time.perf_counter() - began) / (2 * FRAMES)
 
 
-def rounds(peer, ours):
+def alternate(peer, ours):
     """Costs of ROUNDS alternating rounds after one to warm up."""
-    pairs = [(peer(), ours()) for _ in range(compare.ROUNDS + 1)]
+    pairs = [(next(peer), next(ours)) for _ in range(compare.ROUNDS + 1)]
     return zip(*pairs[1:])
 
 
 def main():
     torch.set_num_threads(1)
-    skip = car_racing_env.FRAME_SKIP
     drives = [record_drive(track, START + FRAMES) for track in TRACKS]
-    held = [[actions[i - i % skip] for i in range(len(actions))] for actions in drives]  # one action a decision
-    peer, ours = rounds(timed_drive(stock_env(), 1, drives), timed_drive(car_racing_env.make_env(1), 1, drives))
+    costs = alternate(timed_drive(stock_env(), 1, drives), timed_drive(car_racing_env.make_env(1), 1, drives))
     identical = check_identity()
     compare.record(
-        "drawn frame: FastCarRacing vs Gymnasium CarRacing", "ms_per_frame", peer, ours, identical_frames=identical
+        "drawn frame: FastCarRacing vs Gymnasium CarRacing", "ms_per_frame", *costs, identical_frames=identical
     )
-    ours_round = two_workers(skip_env, skip, held)
-    peer, ours = rounds(two_workers(plain_skip_env, skip, held), ours_round)
-    compare.record("frame, skip 2, two workers: ours vs Gymnasium with a plain skip", "ms_per_frame", peer, ours)
-    envpool_round = envpool_rounds()
-    if envpool_round:
-        peer, ours = rounds(envpool_round, ours_round)
-        compare.record(
-            "frame, skip 2, two workers: ours vs EnvPool CarRacing-v3", "ms_per_frame", peer, ours,
-            note="EnvPool: C++, two threads, continuous actions, other pixels, every frame drawn; steering swings left and right",
-        )  # fmt: skip
+    ours = two_workers(car_racing_env.make_env, FRAME_SKIP, drives)
+    costs = alternate(two_workers(plain_skip_env, FRAME_SKIP, drives), ours)
+    compare.record("frame, skip 2, two workers: ours vs Gymnasium with a plain skip", "ms_per_frame", *costs)
+    try:
+        import envpool
+    except ImportError:
+        return
+    note = (
+        "EnvPool: C++, two threads, continuous actions, other pixels, every frame drawn; steering swings left and right"
+    )
+    costs = alternate(two_of_envpool(envpool), ours)
+    compare.record("frame, skip 2, two workers: ours vs EnvPool CarRacing-v3", "ms_per_frame", *costs, note=note)
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

@@ -1,31 +1,27 @@
-"""Copy what a run wrote to results/published/, where the README reads it, and make the README's moving picture.
+"""Copy what a run wrote to results/published/, where the README reads it.
 
 Reads RESULTS_DIR; run by hand after a run that is worth showing. Writes results/published/.
 
     python -m offline.publish
+
+Then: python -m offline.make_readme_pictures
 """
 
 import shutil
 
-import imageio
-import numpy as np
-from PIL import Image
-
-import checks
-import policy_card
-import run_files
+from support import cards, checks
+from support.run_files import ROOT
 
 RESULTS_DIR = "results"
 FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv lora_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
-    "lora_loss.png lora_confusion.png sb3_eval_log.csv sb3_run.json"
+    "lora_loss.png lora_confusion.png lora_confusion.csv sb3_eval_log.csv sb3_run.json"
 ).split()
-GIF_FRAMES, GIF_EVERY, GIF_WIDTH = 75, 2, 420  # pictures, stride in the video's frames, pixels
 
 
 def made_by(run):
     """What the published policy's card says beside how to load it: what made it and where its scores are."""
-    constants = run["constants"]
+    constants = run["constants"]["ppo_git_with_prompt.py"]
     return f"""
 ## This run
 
@@ -35,23 +31,10 @@ All constants and versions: [run.json](../run.json). Scores over 100 tracks: [va
 """
 
 
-def make_gif(video, path):
-    """The end of a film with one palette for all its pictures, so that colours do not flicker."""
-    with imageio.get_reader(video) as reader:
-        end = reader.count_frames()
-        shots = [reader.get_data(i) for i in range(max(0, end - GIF_EVERY * GIF_FRAMES), end, GIF_EVERY)]
-    height = GIF_WIDTH * shots[0].shape[0] // shots[0].shape[1]
-    pictures = [Image.fromarray(np.asarray(shot)).resize((GIF_WIDTH, height)) for shot in shots]
-    palette = Image.fromarray(np.concatenate([np.asarray(p) for p in pictures[::6]])).quantize(96)
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40 * GIF_EVERY, loop=0)
-
-
 def main():
-    results = run_files.ROOT / RESULTS_DIR
-    published = run_files.ROOT / "results" / "published"
+    results, published = ROOT / RESULTS_DIR, ROOT / "results" / "published"
     published.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in (*FILES, "video_final.mp4", "policy/policy.json") if not (results / name).exists()]
+    missing = [name for name in (*FILES, "policy/policy.json") if not (results / name).exists()]
     if missing:
         raise checks.BadInput(
             f"no {', '.join(missing)} in {RESULTS_DIR}/: run the three stages and benchmarks/sb3_baseline.py"
@@ -60,10 +43,9 @@ def main():
         shutil.copy2(results / name, published / name)
     shutil.copytree(results / "policy", published / "policy", dirs_exist_ok=True)
     facts = checks.read_json(published / "policy" / "policy.json")
-    make_gif(results / "video_final.mp4", published / "demo.gif")
-    card = policy_card.card("results/published/policy", facts) + made_by(checks.read_json(results / "run.json"))
+    card = cards.policy_card("results/published/policy", facts) + made_by(checks.read_json(results / "run.json"))
     (published / "policy" / "README.md").write_text(card)
-    print(f"wrote {published}, demo.gif {(published / 'demo.gif').stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {published}; next: python -m offline.make_readme_pictures")
 
 
 if __name__ == "__main__":

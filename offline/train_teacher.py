@@ -3,17 +3,18 @@
 Reads nothing. Writes offline/teacher.safetensors (the running average of the actor's weights, not the best of many
 evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run goes on.
 
-    python -m offline.train_teacher      # 39 minutes on two CPU cores
+    python -m offline.train_teacher      # some 40 minutes on two CPU cores
 
 The actor sees the car and 12 tiles of road; the critic alone also sees time, visited share and missed tiles. Each worker
 process rolls out its environments with its own copy of the policy, so that no step crosses a process border.
 """
 
 import contextlib
+import dataclasses
+import functools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,12 +24,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import car_racing_env
-import checks
-import collect_captions
-import ppo_git_with_prompt as ppo
-import run_files
+from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
+from support import checks, processes, run_files
+from support.run_files import ROOT
+from teacher import STATE_SIZE, PrivilegedState, RandomBursts, Teacher, make_evaluation_env
 
-OUTPUT = Path(__file__).parent / "teacher.safetensors"
+OUTPUT_DIR = "offline"
 SEED = 0
 RESUME = False  # continue from offline/teacher_state.pt, the last evaluation's
 
@@ -38,11 +39,9 @@ NUM_STEPS = 512  # decisions per environment and update
 TOTAL_UPDATES = 400  # x 16,384 decisions
 BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
 BURST_LONGEST = 7  # decisions
-
-GRASS_PENALTY = 10.0  # these four instead of car_racing_env's
-MISS_PENALTY = 10.0
-PENALTY_RAMP = 0.0
-LAP_BONUS = 0.0  # this critic knows how much of the lap is left
+REWARDS = dataclasses.replace(  # no ramp and no bonus: this critic knows how much of the lap is left
+    car_racing_env.REWARDS, grass_penalty=10.0, miss_penalty=10.0, penalty_ramp=0.0, lap_bonus=0.0
+)
 
 LEARNING_RATE = 5e-4  # falls linearly to a fiftieth
 AVERAGE = 0.95  # decay per update of the averaged actor, which is evaluated and kept
@@ -51,8 +50,8 @@ GAE_LAMBDA = 0.95
 CLIP = 0.2
 ENTROPY_COEF = 0.003
 VALUE_COEF = 0.5
-EPOCHS = 6
-MINIBATCH = 2048
+K_EPOCHS = 6
+MINIBATCH_SIZE = 2048  # decisions
 MAX_GRAD_NORM = 0.5
 
 EVAL_EVERY = 20  # updates
@@ -62,201 +61,232 @@ EVAL_TRACKS = range(100_000, 100_100)
 class Critic(nn.Module):
     """Value of privileged state plus what only the critic may know: time, visited share, missed tiles."""
 
-    def __init__(self, state_size, hidden_size=128):
+    def __init__(self, hidden_size=128):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(state_size + 3, hidden_size), nn.Tanh(), nn.Linear(hidden_size, hidden_size), nn.Tanh(),
+            nn.Linear(STATE_SIZE + 3, hidden_size),
+            nn.Tanh(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.Tanh(),
             nn.Linear(hidden_size, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, state):
         return self.net(state)[:, 0]
 
 
-def start_worker(rank, seed, constants):
-    """Give a spawned process the parent's constants and build its environments."""
-    global ENVS, EVAL_ENV, OBS
-    checks.end_with_the_parent()
-    checks.set_constants(constants)
+def networks():
+    """A fresh actor and critic."""
+    return Teacher(), Critic()
+
+
+# in a worker process
+
+
+@functools.cache
+def worker_envs(seed, num_envs, rewards, burst_start, burst_longest):
+    """This process's environments, made once, and what their critics see now, float32 (N, STATE_SIZE + 3)."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed * 1000 + rank)
-    ENVS = []
-    for i in range(ENVS_PER_WORKER):
-        env_seed = (seed * 1000 + rank) * 1000 + i
-        env = car_racing_env.make_training_env(
-            env_seed, draw=False, **ppo.env_settings() | dict(
-                grass_penalty=GRASS_PENALTY, miss_penalty=MISS_PENALTY, penalty_ramp=PENALTY_RAMP, lap_bonus=LAP_BONUS,
-            ),
-        )  # fmt: skip
-        env = collect_captions.RandomBursts(env, env_seed, BURST_START, BURST_LONGEST)
-        ENVS.append(collect_captions.PrivilegedState(env, collect_captions.TILES_AHEAD))
-    EVAL_ENV = collect_captions.PrivilegedState(
-        car_racing_env.make_env(car_racing_env.FRAME_SKIP, draw=False), collect_captions.TILES_AHEAD
-    )
-    OBS = [critic_state(env, env.reset()[1]) for env in ENVS]
+    torch.manual_seed(seed)
+    envs = []
+    for env_seed in range(1000 * seed, 1000 * seed + num_envs):
+        env = car_racing_env.make_training_env(env_seed, rewards, draw=False)
+        envs.append(PrivilegedState(RandomBursts(env, env_seed, burst_start, burst_longest)))
+    return envs, np.stack([critic_state(env, env.reset()[1]) for env in envs])
 
 
 def critic_state(env, info):
-    """What the critic sees, float32 (S + 3,): privileged state, time, visited share and missed tiles."""
-    base, missed = env.unwrapped, env.get_wrapper_attr("missed")
-    return np.append(
-        info["state"], np.float32([base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5])
-    )
+    """What the critic sees, float32 (STATE_SIZE + 3,): privileged state, time, visited share and missed tiles."""
+    base, missed = env.unwrapped, env.get_wrapper_attr("missed_tiles")
+    known = [base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5]
+    return np.append(info["state"], np.float32(known))
 
 
 @torch.no_grad()
-def rollout(weights):
-    """NUM_STEPS decisions in each environment of this process; a dict of tensors (T, N, ...)."""
+def rollout(seed, num_envs, rewards, burst_start, burst_longest, num_steps, weights):
+    """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
+
+    Returns a dict of arrays (T, N, ...) and the finished episodes.
+    """
+    envs, states = worker_envs(seed, num_envs, rewards, burst_start, burst_longest)
     actor, critic = networks()
-    actor.load_state_dict(weights[0]), critic.load_state_dict(weights[1])
-    size = len(OBS[0]) - 3
-    data = {k: [] for k in ["state", "action", "log_prob", "value", "reward", "terminated", "done"]}
-    next_value = torch.zeros(NUM_STEPS, len(ENVS))
+    actor.load_state_dict(weights[0])
+    critic.load_state_dict(weights[1])
+    names = ("log_prob", "value", "reward", "terminated", "done", "next_value")
+    data = {name: torch.zeros(num_steps, num_envs) for name in names}
+    data |= {"state": torch.zeros(num_steps, *states.shape)}
+    data |= {"action": torch.zeros(num_steps, num_envs, dtype=torch.int64)}
     episodes = []
-    for t in range(NUM_STEPS):
-        state = torch.from_numpy(np.stack(OBS))
-        log_probs = actor(state[:, :size]).log_softmax(-1)
+    for t in range(num_steps):
+        state = torch.from_numpy(states.copy())
+        log_probs = actor(state[:, :STATE_SIZE]).log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)
-        value = critic(state)
-        if t:
-            done = data["done"][-1].bool()
-            next_value[t - 1] = torch.where(done, next_value[t - 1], value)
-        reward, terminated, dones = np.zeros((3, len(ENVS)), dtype=np.float32)
-        for i, env in enumerate(ENVS):
-            _, reward[i], terminated[i], truncated, info = env.step(int(action[i]))
-            OBS[i] = critic_state(env, info)
-            dones[i] = terminated[i] or truncated
-            if dones[i]:
-                if truncated and not terminated[i]:
-                    next_value[t, i] = critic(torch.from_numpy(OBS[i])[None])[0]
-                episodes.append((info["episode_return"], info["episode_length"], info["end"]))
-                OBS[i] = critic_state(env, env.reset()[1])
-        for key, x in [
-            ("state", state), ("action", action[:, 0]), ("log_prob", log_probs.gather(1, action)[:, 0]),
-            ("value", value), ("reward", torch.from_numpy(reward)), ("terminated", torch.from_numpy(terminated)),
-            ("done", torch.from_numpy(dones)),
-        ]:  # fmt: skip
-            data[key].append(x)
-    done = data["done"][-1].bool()
-    next_value[-1] = torch.where(done, next_value[-1], critic(torch.from_numpy(np.stack(OBS))))
-    data = {key: torch.stack(x).numpy() for key, x in data.items()}
-    return data | {"next_value": next_value.numpy()}, episodes
+        data["state"][t], data["action"][t], data["value"][t] = state, action[:, 0], critic(state)
+        data["log_prob"][t] = log_probs.gather(1, action)[:, 0]
+        for i, env in enumerate(envs):
+            _, reward, terminated, truncated, info = env.step(int(action[i]))
+            states[i] = critic_state(env, info)
+            data["reward"][t, i], data["terminated"][t, i] = reward, terminated
+            if terminated or truncated:
+                data["done"][t, i] = 1
+                if not terminated:
+                    data["next_value"][t, i] = critic(torch.from_numpy(states[i : i + 1]))[0]
+                episodes.append(info["episode_summary"])
+                states[i] = critic_state(env, env.reset()[1])
+    following = torch.cat([data["value"][1:], critic(torch.from_numpy(states))[None]])
+    data["next_value"] += (1 - data["done"]) * following
+    return {name: x.numpy() for name, x in data.items()}, episodes
+
+
+@functools.cache
+def worker_evaluation_env():
+    """This process's environment for evaluations, made once."""
+    return make_evaluation_env(draw=False)
 
 
 @torch.no_grad()
-def drive(job):
-    """Greedy return on one track."""
-    weights, track = job
+def drive(weights, track):
+    """The actor's greedy return on one track, and how it ended."""
+    env = worker_evaluation_env()
     actor, _ = networks()
     actor.load_state_dict(weights)
-    _, info = EVAL_ENV.reset(seed=track)
+    _, info = env.reset(seed=track)
     total, end = 0.0, ""
     while not end:
-        action = int(actor(torch.from_numpy(info["state"])[None])[0].argmax())
-        _, reward, terminated, truncated, info = EVAL_ENV.step(action)
+        action = int(actor(torch.from_numpy(info["state"])[None]).argmax())
+        _, reward, terminated, truncated, info = env.step(action)
         total += reward
         end = car_racing_env.episode_end(terminated, truncated, info)
     return total, end
 
 
-def networks():
-    """A fresh actor and critic."""
-    size = 15 + 2 * collect_captions.TILES_AHEAD
-    return collect_captions.Teacher(size), Critic(size)
+# in the learning process
+
+
+def make_workers(stack, first_update):
+    """Pairs of a process and what it rolls out. Each has a pool of its own: a shared one could swap their environments."""
+    context, workers = multiprocessing.get_context("spawn"), []
+    for rank in range(NUM_WORKERS):
+        pool = stack.enter_context(ProcessPoolExecutor(1, context, processes.start_worker))
+        seed = 1000 * (SEED + 7919 * (first_update - 1)) + rank  # a resumed run starts new episodes
+        settings = seed, ENVS_PER_WORKER, REWARDS, BURST_START, BURST_LONGEST, NUM_STEPS
+        workers.append((pool, functools.partial(rollout, *settings)))
+    return workers
+
+
+def copy_weights(module):
+    """A module's weights for another process; they would share their memory with those that train on."""
+    return {name: p.clone() for name, p in module.state_dict().items()}
+
+
+def collect(workers, actor, critic):
+    """Everyone's rollout: a dict of tensors (T, N, ...), and the finished episodes."""
+    weights = copy_weights(actor), copy_weights(critic)
+    running = [pool.submit(roll_out, weights) for pool, roll_out in workers]
+    parts, episodes = zip(*(future.result() for future in running))
+    data = {name: torch.from_numpy(np.concatenate([part[name] for part in parts], 1)) for name in parts[0]}
+    return data, sum(episodes, [])
+
+
+def make_batch(data, normalizer):
+    """One row for each decision (T * N, ...), with its advantage and return."""
+    reward = torch.stack([normalizer(*step) for step in zip(data["reward"], data["done"])])
+    values = data["value"], data["next_value"]
+    advantage, returns = compute_gae(reward, *values, data["terminated"], data["done"], GAMMA, GAE_LAMBDA)
+    return {name: x.flatten(0, 1) for name, x in (data | {"advantage": advantage, "returns": returns}).items()}
+
+
+def update(actor, critic, optimizer, batch):
+    """K_EPOCHS over one batch of decisions; returns the last minibatch's losses and diagnostics."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(K_EPOCHS):
+        for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
+            b = {name: x[rows] for name, x in batch.items()}
+            advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
+            logits, value = actor(b["state"][:, :STATE_SIZE]), critic(b["state"])
+            terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
+            loss = terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + VALUE_COEF * terms["value_loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            optimizer.step()
+    return {name: x.item() for name, x in terms.items()}
+
+
+def evaluate(workers, weights):
+    """What an actor scores on EVAL_TRACKS, greedily."""
+    job, shares = functools.partial(drive, weights), [EVAL_TRACKS[i :: len(workers)] for i in range(len(workers))]
+    running = [pool.map(job, share) for (pool, _), share in zip(workers, shares)]
+    returns, ends = zip(*(score for scores in running for score in scores))
+    return {
+        "eval_mean": np.mean(returns),
+        "eval_std": np.std(returns),
+        "eval_min": np.min(returns),
+        "eval_laps": np.mean([end == "lap" for end in ends]),
+    }
+
+
+def summarize(episodes):
+    """Mean return, share of finished laps and mean length of the episodes that ended in an update."""
+    columns = {
+        "return": [e["return"] for e in episodes],
+        "laps": [e["end"] == "lap" for e in episodes],
+        "length": [e["length"] for e in episodes],
+    }
+    return {name: np.mean(column) if column else float("nan") for name, column in columns.items()}
+
+
+def save_teacher(output, number, weights, row, parts):
+    """Write the averaged actor, with what it scored, and the state from which a run goes on."""
+    metadata = {"update": str(number), **{name: f"{row[name]:.1f}" for name in ("eval_mean", "eval_std")}}
+    run_files.write_file(output / "teacher.safetensors", save(weights, metadata))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    run_files.save_state(output / "teacher_state.pt", state | {"update": number, "seconds": row["seconds"]})
 
 
 def main():
+    began, output = time.time(), ROOT / OUTPUT_DIR
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     actor, critic = networks()
     actor.net[-1].weight.data *= 0.01
-    parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=1e-5)
-    normalizer = ppo.ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=LEARNING_RATE, eps=1e-5)
+    normalizer = ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)
     average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    first, seconds = 1, 0.0
-    state_file = OUTPUT.with_name("teacher_state.pt")
-    if RESUME and state_file.exists():
-        saved = torch.load(state_file, weights_only=True)
-        actor.load_state_dict(saved["actor"]), critic.load_state_dict(saved["critic"])
-        optimizer.load_state_dict(saved["optimizer"]), normalizer.load_state_dict(saved["normalizer"])
-        average.load_state_dict(saved["average"])
-        first, seconds = saved["update"] + 1, saved["seconds"]
+    parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "normalizer": normalizer, "average": average}
+    first = 1
+    if RESUME:
+        state = run_files.load_state(output / "teacher_state.pt")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first, began = state["update"] + 1, began - state["seconds"]
     print(
-        f"{TOTAL_UPDATES} updates, {checks.duration(6 * TOTAL_UPDATES - seconds)}; replaces offline/{OUTPUT.name} at every "
-        f"evaluation, the shipped one comes back with: git checkout offline/{OUTPUT.name}"
+        f"{TOTAL_UPDATES} updates, some 40 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
+        "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout offline/teacher.safetensors)"
     )
-    log = run_files.Log(OUTPUT.with_name("teacher_log.csv"), keep_until=first - 1 if first > 1 else None)
-    bar = tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update")
-    context = multiprocessing.get_context("spawn")
-    constants = checks.constants_of(__name__, "car_racing_env", "collect_captions")
-    began = time.time() - seconds
+    log = run_files.Log(output / "teacher_log.csv", keep_until=first - 1 if RESUME else None)
     with contextlib.ExitStack() as stack:
-        # a pool for each worker: a shared one would let them swap environments between updates
-        pools = [
-            stack.enter_context(
-                ProcessPoolExecutor(1, context, start_worker, (rank, SEED + 7919 * (first - 1), constants))
-            )
-            for rank in range(NUM_WORKERS)
-        ]
-        for update in bar:
-            weights = [{k: v.clone() for k, v in m.state_dict().items()} for m in (actor, critic)]
-            running = [pool.submit(rollout, weights) for pool in pools]
-            results = [future.result() for future in running]
-            episodes = [e for _, done in results for e in done]
-            data = {k: torch.from_numpy(np.concatenate([d[k] for d, _ in results], 1)) for k in results[0][0]}
-            reward = torch.stack([normalizer(*step) for step in zip(data["reward"], data["done"])])
-            advantage, returns = ppo.compute_gae(
-                reward, data["value"], data["next_value"], data["terminated"], data["done"], GAMMA, GAE_LAMBDA
-            )
-            batch = {k: data[k].flatten(0, 1) for k in ["state", "action", "log_prob", "value"]}
-            batch |= {"advantage": advantage.flatten(), "returns": returns.flatten()}
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.98 * (update - 1) / TOTAL_UPDATES)
-            for _ in range(EPOCHS):
-                for rows in torch.randperm(len(batch["action"])).split(MINIBATCH):
-                    b = {k: x[rows] for k, x in batch.items()}
-                    a = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
-                    terms = ppo.ppo_losses(
-                        actor(b["state"][:, :-3]), critic(b["state"]), b["action"], b["log_prob"], a, b["returns"], CLIP
-                    )
-                    loss = terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + VALUE_COEF * terms["value_loss"]
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-                    optimizer.step()
+        workers = make_workers(stack, first)
+        for number in tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update"):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.98 * (number - 1) / TOTAL_UPDATES)
+            data, episodes = collect(workers, actor, critic)
+            batch = make_batch(data, normalizer)
+            terms = update(actor, critic, optimizer, batch)
             average.update_parameters(actor)
-            row = {
-                "update": update,
-                "decisions": update * len(batch["action"]),
-                "return": np.mean([e[0] for e in episodes]) if episodes else float("nan"),
-                "laps": np.mean([e[2] == "lap" for e in episodes]) if episodes else float("nan"),
-                "length": np.mean([e[1] for e in episodes]) if episodes else float("nan"),
-                "entropy": terms["entropy"].item(),
-                "approx_kl": terms["approx_kl"].item(),
-                "explained_variance": ppo.explained_variance(batch["value"], batch["returns"]),
-            }
+
+            row = {"update": number, "decisions": number * len(batch["action"]), **summarize(episodes)}
+            row |= {"entropy": terms["entropy"], "approx_kl": terms["approx_kl"]}
+            row["explained_variance"] = explained_variance(batch["value"], batch["returns"])
             row |= dict.fromkeys(("eval_mean", "eval_std", "eval_min", "eval_laps"), float("nan"))
-            if update % EVAL_EVERY == 0 or update == TOTAL_UPDATES:
-                weights = {k: v.clone() for k, v in average.module.state_dict().items()}
-                jobs = [(weights, track) for track in EVAL_TRACKS]
-                running = [pool.map(drive, jobs[i::NUM_WORKERS]) for i, pool in enumerate(pools)]
-                scores, ends = zip(*(score for results in running for score in results))
-                row |= {
-                    "eval_mean": np.mean(scores), "eval_std": np.std(scores), "eval_min": np.min(scores),
-                    "eval_laps": np.mean([e == "lap" for e in ends]),
-                }  # fmt: skip
+            evaluated = number % EVAL_EVERY == 0 or number == TOTAL_UPDATES
+            if evaluated:
+                weights = copy_weights(average.module)
+                row |= evaluate(workers, weights)
             row["seconds"] = time.time() - began
-            log.write({key: x if isinstance(x, int) else float(x) for key, x in row.items()})
-            if not np.isnan(row["eval_mean"]):
-                metadata = {"update": str(update), **{key: f"{row[key]:.1f}" for key in ("eval_mean", "eval_std")}}
-                run_files.write_file(OUTPUT, save(weights, metadata))
-                ppo.save_state(state_file, {
-                    "actor": actor.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
-                    "normalizer": normalizer.state_dict(), "average": average.state_dict(), "update": update,
-                    "seconds": time.time() - began,
-                })  # fmt: skip
-            bar.set_postfix(reward=f"{row['return']:.0f}", laps=f"{row['laps']:.0%}")
-    print(f"wrote offline/{OUTPUT.name}; next: python collect_captions.py")
+            log.write(row)
+            if evaluated:
+                save_teacher(output, number, weights, row, parts)
+    print(f"wrote {OUTPUT_DIR}/teacher.safetensors; next: python collect_captions.py")
 
 
 if __name__ == "__main__":

@@ -1,48 +1,58 @@
-"""A toy GIT and what each stage makes of it, each script run once through its `main()` at toy constants."""
+"""A toy GIT, scripts with edited constants, and what the whole pipeline makes at toy size."""
 
 import os
+import re
+import sys
+import types
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported, and for the processes that tests start
+# before the libraries are imported, and for the processes that tests start
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
 
-import collect_captions
-import evaluate
-import GitText2ActionWithPrompt as model_file
-import ppo_git_with_prompt as ppo
-import train_git_lora_carllava_style as stage2
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from offline import make_git_tiny
+from support.run_files import ROOT
+
+TOY_SHAPE = dict(patch_size=24, width=32, vision_layers=1, text_layers=2, heads=2)
+TOY_PPO = dict(NUM_ENVS=2, TORCH_THREADS=1, TOTAL_UPDATES=2, EVALUATIONS=1, WARMUP_UPDATES=1, VIDEO_EVERY=1000)
 
 
-def set_constants(module, **constants):
-    """Assign a script's constants; returns the old ones."""
-    old = {name: getattr(module, name) for name in constants}
-    for name, value in constants.items():
-        setattr(module, name, value)
-    return old
+def edit(name, **constants):
+    """A script as its user edits it: its source with other constants, executed as a module of its own.
+
+    It takes the original's place in sys.modules, so that functions of it can be sent to other processes.
+    """
+    path = ROOT / f"{name}.py"
+    source = path.read_text()
+    for constant, value in constants.items():
+        line = f"{constant} = {value!r}"
+        source, count = re.subn(rf"^{constant} = .*$", lambda _: line, source, flags=re.M)  # noqa: B023
+        assert count == 1, f"{name}.py has {count} lines that assign {constant}"
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    exec(compile(source, str(path), "exec"), vars(module))
+    return module
 
 
 @pytest.fixture
-def constants(monkeypatch):
-    """`constants(module, NAME=value, ...)` for the length of a test."""
-
-    def set_for_test(module, **values):
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
-
-    return set_for_test
+def script():
+    """`script(name, CONSTANT=value)` is `edit` for the length of a test."""
+    before = dict(sys.modules)
+    yield edit
+    for name in [name for name, module in sys.modules.items() if before.get(name) not in (None, module)]:
+        sys.modules[name] = before[name]
 
 
-def make_toy_base(folder):
+def make_toy_base(folder, seed=0):
     """A GIT of 16 patches and width 32, untrained, saved in the Hub's layout."""
-    old = set_constants(make_git_tiny, PATCH_SIZE=24, WIDTH=32, VISION_LAYERS=1, TEXT_LAYERS=2, HEADS=2)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     processor = make_git_tiny.make_processor([{"How fast is the car?": "zero"}])
-    make_git_tiny.make_model(processor.tokenizer).save_pretrained(folder)
+    make_git_tiny.make_model(processor.tokenizer, **TOY_SHAPE).save_pretrained(folder)
     processor.save_pretrained(folder)
-    set_constants(make_git_tiny, **old)
     return folder
 
 
@@ -54,7 +64,7 @@ def toy_base(tmp_path_factory):
 @pytest.fixture
 def toy_model(toy_base):
     torch.manual_seed(0)
-    return model_file.GitText2ActionWithPrompt.from_pretrained(str(toy_base))
+    return GitText2ActionWithPrompt.from_pretrained(toy_base)
 
 
 @pytest.fixture
@@ -63,34 +73,29 @@ def frames():
 
 
 def run_pipeline(root, toy_base):
-    """The scripts in sequence in the folder `root`; returns the folders they wrote."""
-    torch.set_num_threads(2)  # a PPO run sets its own, and the number of threads decides the last bits
+    """The four scripts in sequence in the folder `root`; returns the folders they wrote."""
+    torch.set_num_threads(1)  # the number of threads decides the last bits
     made = SimpleNamespace(
         data=root / "CarRacing-Data", adapter=root / "adapter", results=root / "results", base=toy_base, root=root
     )
-    results = str(made.results)
-    old = [
-        (m, set_constants(m, **values))
-        for m, values in (
-            (collect_captions, dict(OUTPUT_DIR=str(made.data), TRAIN_FRAMES=96, VALIDATION_FRAMES=32)),
-            (stage2, dict(
-                BASE_MODEL=str(toy_base), DATA_DIR=str(made.data), OUTPUT_DIR=str(made.adapter), RESULTS_DIR=results,
-                CHECKPOINT_DIR=str(root / "checkpoints"), MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16, LORA_RANK=4,
-            )),
-            (ppo, dict(
-                ADAPTER=str(made.adapter), RESULTS_DIR=results, NUM_ENVS=2, NUM_STEPS=120, TOTAL_UPDATES=3, EVALUATIONS=1,
-                MINIBATCH_SIZE=60, WARMUP_UPDATES=1, EVAL_TRACKS=range(100_000, 100_001), VIDEO_EVERY=1000,
-            )),
-            (evaluate, dict(
-                DRIVER="policy", POLICY=f"{results}/policy", ADAPTER=str(made.adapter), RESULTS_DIR=results, NUM_TRACKS=2,
-                NUM_ENVS=2,
-            )),
-        )
-    ]  # fmt: skip
-    for script in (collect_captions, stage2, ppo, evaluate):
-        script.main()
-    for module, values in old:
-        set_constants(module, **values)
+    data, adapter, results = str(made.data), str(made.adapter), str(made.results)
+    before = dict(sys.modules)
+    edit("car_racing_env", MAX_FRAMES=200)  # short evaluations and films
+    for name in ("teacher", "film"):
+        edit(name)
+    made.evaluate = edit("evaluate")
+    edit("collect_captions", OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1).main()
+    edit(
+        "train_git_lora_carllava_style", BASE_MODEL=str(toy_base), DATA_DIR=data, OUTPUT_DIR=adapter,
+        RESULTS_DIR=results, CHECKPOINT_DIR=str(root / "checkpoints"), MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16,
+        LORA_RANK=4,
+    ).main()  # fmt: skip
+    edit(
+        "ppo_git_with_prompt", **TOY_PPO | dict(TOTAL_UPDATES=3), MODEL=adapter, RESULTS_DIR=results, NUM_STEPS=120,
+        MINIBATCH_SIZE=60, EVAL_TRACKS=range(100_000, 100_001),
+    ).main()  # fmt: skip
+    edit("evaluate", DRIVER="policy", POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=2, NUM_ENVS=2).main()
+    sys.modules.update({name: before[name] for name in sys.modules.keys() & before.keys()})
     return made
 
 

@@ -1,145 +1,162 @@
-"""Drivers, the fixed tracks and what is refused."""
+"""Drivers on fixed tracks, what they scored, the film of a drive, and golden outputs of the shipped weights."""
 
-import functools
-import os
-import shutil
-import signal
+import re
 import subprocess
+import sys
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
+import pygame
 import pytest
+import torch
+from test_GitText2ActionWithPrompt import inputs
 
-import car_racing_env
-import checks
-import collect_captions
 import evaluate
-import GitText2ActionWithPrompt as model_file
+import film
+from car_racing_env import episode_end, make_env
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, parse_answer
+from support.run_files import ROOT
+from teacher import make_evaluation_env
+
+BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
+GOLDEN_RETURN = 535.30
+GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 2, 3, 3]
+GOLDEN_SPEEDS = ["zero", "ten", "twelve", "sixteen", "sixteen", "seventeen", "fourteen", "sixteen"]
+GOLDEN_ANSWERS = ["Accelerate"] * 5 + ["Turn left", "Accelerate", "Turn right"]
+GOLDEN_PROBABILITIES = [0.0001, 0.6802, 0.3195, 0.0, 0.0002]  # of the third frame
+GOLDEN_POLICY_RETURN = 127.06  # of the first 100 decisions on validation track 100,000
+
+
+def full_gas(frames, infos):
+    """A driver that soon leaves the field."""
+    return np.full(len(infos["state"]), ANSWERS["Accelerate"])
 
 
 def test_results_do_not_depend_on_the_number_of_environments():
-    """The teacher on three tracks, one and two at a time, against a plain loop."""
-    teacher = evaluate.Teacher()
-    expected, decisions = [], 0
-    for track in (100_000, 100_001, 100_002):
-        env = collect_captions.PrivilegedState(car_racing_env.make_env(2, draw=False), collect_captions.TILES_AHEAD)
+    """Three tracks, one and two at a time, against a plain loop: the teacher, who forgets the bends when he is fast."""
+    tracks, teacher, expected, asked = (100_000, 100_001, 100_005), evaluate.Teacher(), [], []
+
+    def driver(frames, infos):
+        asked.append(len(infos["state"]))
+        return np.where(infos["state"][:, 0] > 0.9, ANSWERS["Accelerate"], teacher(frames, infos))
+
+    for track in tracks:
+        env, total, end = make_evaluation_env(3, draw=False), 0.0, ""
         _, info = env.reset(seed=track)
-        total, end = 0.0, ""
         while not end:
-            action = int(teacher(None, {"state": info["state"][None]})[0])
-            _, reward, terminated, truncated, info = env.step(action)
-            total, end = total + reward, car_racing_env.episode_end(terminated, truncated, info)
-            decisions += 1
-        expected.append((track, pytest.approx(total), end))
+            _, reward, terminated, truncated, info = env.step(driver(None, {"state": info["state"][None]})[0])
+            total, end = total + reward, episode_end(terminated, truncated, info)
+        expected.append({"track_seed": track, "return": pytest.approx(total), "end": end})
+    decisions = len(asked)
     for num_envs in (1, 2):
-        asked = []
-        driver = lambda frames, infos: asked.append(len(frames)) or teacher(frames, infos)  # noqa: E731, B023
-        results = evaluate.evaluate(driver, [100_000, 100_001, 100_002], num_envs, progress=False)
-        assert [(r["track_seed"], r["return"], r["end"]) for r in results] == expected
-        assert sum(asked) == decisions
+        asked.clear()
+        assert evaluate.evaluate(driver, tracks, num_envs, frame_skip=3, progress=False) == expected
+        assert sum(asked) == decisions  # asked only where a car still drives
 
 
 def test_summary_of_known_returns():
     results = [{"return": r, "end": e} for r, e in ((900, "lap"), (400, "time"), (920, "lap"), (-120, "field"))]
-    summary = evaluate.summarize(results)
-    assert summary == {
-        "mean": 525.0, "std": round(float(np.std([900, 400, 920, -120])), 2), "median": 650.0, "min": -120.0, "max": 920.0,
-        "laps_finished_percent": 50.0, "below_500_percent": 50.0,
-    }  # fmt: skip
+    std = round(float(np.std([900, 400, 920, -120])), 2)
+    expected = {"mean": 525.0, "std": std, "median": 650.0, "min": -120.0, "max": 920.0}
+    assert evaluate.summarize(results) == expected | {"laps_finished_percent": 50.0, "below_500_percent": 50.0}
 
 
-def test_words_drive_and_nonsense_is_counted(toy_model, monkeypatch):
-    monkeypatch.setattr(toy_model, "answer", lambda frames: ["Turn left", "fly away", "Brake"])
-    driver = evaluate.Answers(toy_model)
-    assert driver(np.zeros((3, 96, 96, 3), dtype=np.uint8), {}).tolist() == [2, 0, 4]
-    assert (driver.words, driver.unparsable) == (3, 1)
-
-
-def test_policy_acts_by_the_simulators_index(toy_model, frames):
-    logits = toy_model(frames)[0]
-    actions = evaluate.Policy(toy_model)(frames, {})
-    names = list(model_file.ANSWERS)
-    assert [model_file.ANSWERS[names[i]] for i in logits.argmax(1)] == actions.tolist()
-
-
-def test_unknown_driver_and_other_frame_skip_are_named(constants, pipeline):
-    with pytest.raises(checks.BadInput, match="DRIVER = 'me'"):
-        evaluate.load_driver("me")
-    constants(evaluate, ADAPTER=str(pipeline.adapter), POLICY=str(pipeline.results / "policy"))
-    constants(car_racing_env, FRAME_SKIP=4)
-    for driver in ("answers", "policy"):
-        with pytest.raises(checks.BadInput, match="FRAME_SKIP = 2, car_racing_env.py has 4"):
-            evaluate.load_driver(driver)
+def test_answers_act_by_the_simulators_index_and_nonsense_is_counted(frames):
+    driver = evaluate.Answers(SimpleNamespace(answer=lambda frames: ["Turn left", "fly away", "Brake"]))
+    assert driver(frames, {}).tolist() == [2, 0, 4] and (driver.words, driver.unparsable) == (3, 1)
 
 
 def test_the_panel_shows_what_it_is_told():
-    blank = evaluate.compose(np.zeros((400, 600, 3), np.uint8), None, "Brake", None, 0, 0)
-    full = evaluate.compose(
-        np.zeros((400, 600, 3), np.uint8), "Turn left", "Brake", [0.1, 0.2, 0.6, 0.05, 0.05], 50, 300
-    )
-    assert blank.shape == full.shape == (560, 600, 3)
-    assert not blank[:400].any() and (blank[400:] != full[400:]).any()
+    black, shares = np.zeros((400, 600, 3), np.uint8), [0.1, 0.2, 0.6, 0.05, 0.05]
+    blank = film.compose(black, None, "Brake", None, 0, 0)
+    agreeing, differing = (film.compose(black, answer, "Brake", shares, 50, 300) for answer in ("Brake", "Turn left"))
+    assert blank.shape == (560, 600, 3) and not blank[:400].any() and (blank[400:] != agreeing[400:]).any()
+    orange = [(picture == [255, 190, 90]).all(-1).any() for picture in (agreeing, differing)]
+    assert orange == [False, True]
 
 
-def test_the_film_can_show_what_the_prompt_attends_to(toy_model, constants):
-    constants(car_racing_env, MAX_FRAMES=6)
-    plain, red = [], []
-    for heat_map, pictures in ((False, plain), (True, red)):
-        constants(evaluate, HEAT_MAP=heat_map)
-        pictures += [picture for picture, _ in evaluate.drive(evaluate.Policy(toy_model), 100_000)]
-    assert len(plain) == len(red) == 3
-    for before, after in zip(plain, red):
-        assert np.array_equal(before[400:], after[400:])  # the panel stays
-        redder = after[:400].astype(int) - before[:400]
-        assert redder[..., 0].mean() > 1 > redder[..., 2].mean()
+@torch.no_grad()
+def test_the_heat_map_is_hugging_faces_attention(toy_model, frames):
+    """Of the prompt's last token to the 4 x 4 patches, which follow the image's own first token."""
+    attentions = toy_model.git(**inputs(toy_model, frames), output_attentions=True).attentions[-1]
+    expected = attentions.mean(1)[:, -1, 1:17].reshape(3, 4, 4)
+    assert torch.allclose(film.attention(toy_model, frames), expected, atol=1e-6)
 
 
-@pytest.fixture(params=["dummy", "x11"])
-def screen(request, monkeypatch):
-    """SDL's dummy screen, and an X server's where Xvfb is installed."""
-    monkeypatch.setenv("SDL_VIDEODRIVER", request.param)
-    if request.param == "dummy":
-        yield request.param
-        return
-    if not shutil.which("Xvfb"):
-        pytest.skip("needs Xvfb (Debian: apt install xvfb)")
-    read, write = os.pipe()
-    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "800x700x24"], pass_fds=[write])
-    monkeypatch.setenv("DISPLAY", ":" + os.read(read, 20).decode().strip())
-    yield request.param
-    server.terminate()
-    server.wait()
-
-
-@pytest.mark.parametrize("driver", ["offscreen", "none"])
-def test_watching_needs_a_display(driver, monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", driver)
-    with pytest.raises(checks.BadInput, match="WATCH = True .*no display .*set it to False"):
-        evaluate.check_display()
-
-
-def test_watching_shows_the_pictures_in_a_window(toy_model, constants, monkeypatch, screen):
-    constants(car_racing_env, MAX_FRAMES=6)
+def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch):
+    """The driver sees at each decision what the window shows, the picture before; then it closes the window."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     shown = []
-    flip = evaluate.pygame.display.flip
-    window = evaluate.pygame.display.get_surface
-    monkeypatch.setattr(
-        evaluate.pygame.display, "flip", lambda: (shown.append(evaluate.pygame.surfarray.array3d(window())), flip())
-    )
-    drivers = []
-    close = evaluate.pygame.display.quit
-    monkeypatch.setattr(
-        evaluate.pygame.display, "quit", lambda: (drivers.append(evaluate.pygame.display.get_driver()), close())
-    )
-    evaluate.watch(evaluate.Policy(toy_model), 100_000)
-    expected = [picture for picture, _ in evaluate.drive(evaluate.Policy(toy_model), 100_000)]
-    assert len(shown) == 3 and drivers == [screen]
-    assert all(np.array_equal(a.swapaxes(0, 1), b) for a, b in zip(shown, expected))
+
+    def driver(frames, infos):
+        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1))
+        if len(shown) == 4:
+            pygame.event.post(pygame.event.Event(pygame.QUIT))
+        return full_gas(frames, infos)
+
+    film.check_display()
+    film.watch(driver, 100_000)
+    assert not pygame.display.get_init() and len(shown) == 4
+    pictures = [picture for picture, _ in islice(film.drive(full_gas, 100_000), 3)]
+    assert all(np.array_equal(a, b) for a, b in zip(shown[1:], pictures))
 
 
-def test_closing_ends_workers_that_ignore_terminate():
-    """SDL handles SIGTERM while a display is open, and forked workers inherit that."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    envs = car_racing_env.AsyncVectorEnv([functools.partial(evaluate.make_worker_env, 2)] * 2, "DISABLED")
-    signal.signal(signal.SIGTERM, before)
-    evaluate.close_envs(envs)
-    assert not any(worker.is_alive() for worker in envs.processes)
+@pytest.fixture(scope="module")
+def stretch():
+    """Frames uint8 (8, 96, 96, 3) and actions of every 40th of the teacher's 281 first decisions, and their return."""
+    env, teacher = make_evaluation_env(2), evaluate.Teacher()
+    obs, info = env.reset(seed=100_000)
+    frames, actions, total = [], [], 0.0
+    for _ in range(281):
+        frames.append(obs), actions.append(int(teacher(None, {"state": info["state"][None]})[0]))
+        obs, reward, _, _, info = env.step(actions[-1])
+        total += reward
+    return np.stack(frames[::40]), actions[::40], total
+
+
+def test_teacher(stretch):
+    assert stretch[1] == GOLDEN_ACTIONS and stretch[2] == pytest.approx(GOLDEN_RETURN, abs=0.01)
+
+
+def test_git_tiny_describes(stretch):
+    """The untaught base answers the question that it is asked."""
+    model = GitText2ActionWithPrompt.from_pretrained(BASE)
+    assert model.ask(stretch[0], "How fast is the car?") == GOLDEN_SPEEDS
+
+
+def test_adapter_answers(stretch):
+    model = GitText2ActionWithPrompt.from_pretrained(ADAPTER)
+    assert model.answer(stretch[0]) == GOLDEN_ANSWERS
+    assert model.encode(stretch[0])[1][2].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)
+
+
+def test_policy_drives():
+    """A tile pays 3.6: another machine's rounding may cost a tile, a worse policy costs more."""
+    driver, env = evaluate.Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY)), make_env(2)
+    obs, _ = env.reset(seed=100_000)
+    total = 0.0
+    for _ in range(100):
+        obs, reward, *_ = env.step(driver(obs[None], {})[0])
+        total += reward
+    assert total == pytest.approx(GOLDEN_POLICY_RETURN, abs=4)
+
+
+@torch.no_grad()
+def test_the_cards_load_what_they_describe_without_this_project(stretch, tmp_path):
+    """The adapter's first block and the policy's last, run where only base, adapter and policy are."""
+    for name in (BASE, ADAPTER, POLICY):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
+    adapter, policy = (
+        re.findall(r"```python\n(.*?)```", (ROOT / name / "README.md").read_text(), re.S) for name in (ADAPTER, POLICY)
+    )
+    code = (
+        f"import numpy as np\nframe = np.load('frame.npy')\n{adapter[0]}\n{policy[-1]}\nprint(*action_logits.tolist())"
+    )
+    np.save(tmp_path / "frame.npy", stretch[0][-1])
+    command = [sys.executable, "-c", code]
+    said, logits = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    model, frame = GitText2ActionWithPrompt.from_policy(ROOT / POLICY), stretch[0][-1:]
+    assert parse_answer(said) == model.answer(frame)[0]
+    assert [*map(float, logits.split())] == pytest.approx(model(frame)[0][0].tolist(), abs=1e-4)

@@ -1,145 +1,201 @@
-"""What goes wrong in stages 1 and 2 and in an evaluation: one line, the old output kept, no process left.
+"""What goes wrong while a script runs: one line, the old output kept, no process left, no foreign folder cleared.
 
-PPO's own failures, after which it also resumes, are in test_resume.py and test_ppo_git_with_prompt.py.
+A run that is killed or fails, and is resumed, ends in the same numbers as one that was left alone.
 """
 
+import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 
 import pytest
 import torch
-import toy_failures
+import toy_lora
+from toy_process import Toy, error_line, files, ppo_main, rows, run, run_script, toy_ppo
 
-import checks
-import collect_captions
-import evaluate
-import ppo_git_with_prompt as ppo
-import run_files
-import train_git_lora_carllava_style as stage2
+from support import checks, run_files
+from support.checks import BadInput
+from support.run_files import ROOT, write_json
 
-CASES = {
-    ("collect", "worker"): "error: a worker process ended",
-    ("collect", "parent"): "",
-    ("collect", "ctrl-c"): "stopped by Ctrl-C",
-    ("collect", "disk"): "error: cannot write .*File too large",
-    ("fine-tune", "ctrl-c"): "stopped by Ctrl-C",
-    ("fine-tune", "disk"): "error: cannot write",
-    ("fine-tune", "nan"): "error: the LoRA loss is not finite: lower LEARNING_RATE",
-    ("evaluate", "worker"): "error: a simulator's process ended",
-    ("evaluate", "ctrl-c"): "stopped by Ctrl-C",
-    ("evaluate", "disk"): "error: cannot write",
-}
+STAGE2, KILLED = "train_git_lora_carllava_style", -signal.SIGKILL
 
 
-@pytest.mark.parametrize("script, failure", CASES)
-def test_one_line_and_the_old_output_stays(script, failure, toy_base, tmp_path):
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "old").write_text("kept")
-    command = [sys.executable, toy_failures.__file__, script, tmp_path, toy_base, failure]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    _, output = process.communicate(timeout=90)
-    last = [line for line in output.splitlines() if line.strip()][-1]
-    assert process.returncode == (-signal.SIGKILL if failure == "parent" else 1), output
-    assert re.search(CASES[script, failure], last), output
-    assert "Traceback" not in output
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["old"]
-    for _ in range(50):
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.2)
-    raise AssertionError("orphan processes are left")
-
-
-@pytest.mark.parametrize("script", [collect_captions, stage2, ppo, evaluate])
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(script, pipeline, constants, tmp_path, capsys):
-    """A file in the folder's place: root, as which tests may run, can write to read-only ones."""
-    (tmp_path / "file").write_text("")
-    blocked = str(tmp_path / "file" / "results")
-    constants(collect_captions, OUTPUT_DIR=blocked)
-    constants(stage2, BASE_MODEL=str(pipeline.base), DATA_DIR=str(pipeline.data), MIN_FRAMES=1, BATCH_SIZE=8)
-    constants(stage2, RESULTS_DIR=blocked, OUTPUT_DIR=str(tmp_path / "adapter"), CHECKPOINT_DIR=str(tmp_path / "c"))
-    constants(ppo, ADAPTER=str(pipeline.adapter), RESULTS_DIR=blocked, NUM_ENVS=2)
-    constants(evaluate, DRIVER="teacher", RESULTS_DIR=blocked)
-    began = time.time()
-    with pytest.raises(SystemExit, match="error: cannot write .*choose another folder"):
-        checks.run(script.main)
-    assert time.time() - began < 30 and (tmp_path / "file").read_text() == ""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who may not write")
-def test_a_read_only_folder():
-    code = """
-import os, pathlib, sys
-import checks, run_files
-os.seteuid(65534)
-checks.run(lambda: run_files.check_writable(pathlib.Path(sys.argv[1])))
-"""
-    with tempfile.TemporaryDirectory() as folder:
-        for mode, returncode, message in ((0o777, 0, ""), (0o755, 1, "error: cannot write .*Permission denied")):
-            os.chmod(folder, mode)
-            command = [sys.executable, "-c", code, folder]
-            finished = subprocess.run(command, cwd=run_files.ROOT, stderr=subprocess.PIPE, text=True)
-            assert finished.returncode == returncode and re.search(message, finished.stderr), finished.stderr
-
-
-def test_only_checkpoints_that_parse_are_resumed_from(tmp_path, capsys):
-    for step, state in ((10, "{}"), (20, "{}"), (30, '{"epoch": 3')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert stage2.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
-    assert "checkpoint-30 is not complete: the one before is used" in capsys.readouterr().out
-    for step in (10, 20):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    assert stage2.last_complete_checkpoint(tmp_path) is None
-    assert "starts from the beginning" in capsys.readouterr().out
-
-
-def test_an_interrupted_replacement_keeps_the_folder(tmp_path):
-    """`replace_folder` killed between its two renames: the next call finds the new folder missing and the old one whole."""
-    for name in ("adapter.old", "adapter.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(name)
-    run_files.replace_folder(tmp_path / "adapter.partial", tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "weights").read_text() == "adapter.partial"
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    with pytest.raises(FileNotFoundError):  # no new folder: the old one outlives it
-        run_files.replace_folder(tmp_path / "none.partial", tmp_path / "adapter")
-    assert (tmp_path / "adapter.old" / "weights").read_text() == "adapter.partial"
+def old_output(folder, script):
+    """A folder as `script` left it earlier."""
+    write_json(folder / "run.json", {"script": f"{script}.py"})
+    (folder / "old").write_text("precious")
+    return folder
 
 
 @pytest.mark.parametrize(
-    "message, ends_in_one_line",
+    "name, folder, constants, faults",
     [
-        ("[enforce fail at inline_container.cc] . unexpected pos 640 vs 598", True),  # torch.save on a full disk
-        ("Error while serializing: I/O error: No space left on device (os error 28)", True),
-        ("No such file or directory (os error 2)", False),
+        ("collect_captions", "OUTPUT_DIR", dict(NUM_WORKERS=1), ("worker", "parent", "ctrl-c", "disk")),
+        ("evaluate", "RESULTS_DIR", dict(DRIVER="teacher", NUM_TRACKS=2, VIDEO=False), ("worker", "ctrl-c", "disk")),
     ],
 )
-def test_what_counts_as_a_full_disk(message, ends_in_one_line):
-    def main():
-        raise RuntimeError(message)
+def test_a_script_fails(name, folder, constants, faults, tmp_path):
+    """All faults at once, each in a run of its own."""
+    outputs = {fault: old_output(tmp_path / fault, name) for fault in faults}
+    toys = {fault: Toy(run_script, name, constants | {folder: str(outputs[fault])}) for fault in faults}
+    for fault, toy in toys.items():
+        before = files(outputs[fault])
+        toy.wait_for(lambda: "0%" in toy.output and toy.workers())  # noqa: B023
+        toy.fail(fault)
+        code, output = toy.end()
+        assert code == (KILLED if fault == "parent" else 1), output
+        assert files(outputs[fault]) == before
+        if fault in ("worker", "disk"):
+            error_line(output)
+        if fault == "ctrl-c":
+            assert "Traceback" not in output, output
 
-    with pytest.raises(SystemExit if ends_in_one_line else RuntimeError):
-        checks.run(main)
+
+def run_long(folder, base):
+    toy_ppo(folder, base, ppo_git_with_prompt=dict(TOTAL_UPDATES=100_000)).main()
 
 
-def test_answers_follow_a_fused_optimizer(toy_model, frames):
-    """The Trainer's fused AdamW does not raise the parameters' version: `train` and `eval` drop the collected weights."""
-    toy_model.add_lora(2, 4)
-    toy_model.has_lora = False  # the answers are those of the model with its LoRA, as in stage 2
-    lora = [p for name, p in toy_model.named_parameters() if "lora_" in name]
-    before = toy_model.answer_log_probs(frames)
-    optimizer = torch.optim.AdamW(lora, lr=0.5, fused=True)
-    for p in lora:
-        p.grad = torch.ones_like(p)
-    toy_model.train()
-    optimizer.step(), optimizer.step()
-    toy_model.eval()
-    assert not torch.allclose(toy_model.answer_log_probs(frames), before)
+def test_a_second_run_in_the_same_folder(toy_base, tmp_path, script):
+    """It ends; a killed run does not hold the folder, and what it left half written goes."""
+    first = Toy(run_long, tmp_path, toy_base)
+    first.wait_for((tmp_path / "state.pt").exists)
+    with pytest.raises(BadInput, match=str(tmp_path)):
+        run_long(tmp_path, toy_base)
+    first.fail("parent")
+    first.end()
+    for name in ("video_final.partial.mp4", "reward_curve.png.partial", "state.pt.partial"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / "adapter.partial").mkdir()  # of stage 2, whose OUTPUT_DIR may be anywhere
+    toy_ppo(tmp_path, toy_base, ppo_git_with_prompt=dict(TOTAL_UPDATES=0)).main()
+    assert [path.name for path in tmp_path.glob("*.partial*") if path.is_file()] == []
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`python evaluate.py | head -c 1`: neither a traceback nor a simulator that is said to have died."""
+    constants = dict(DRIVER="random", NUM_TRACKS=1, NUM_ENVS=1, RESULTS_DIR=str(tmp_path), VIDEO=False)
+    code = f"from toy_process import checks, run_script; checks.run(lambda: run_script('evaluate', {constants!r}))"
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-u", "-c", code]
+    evaluation = subprocess.Popen(command, env=os.environ | paths, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    evaluation.stdout.read(1)
+    evaluation.stdout.close()
+    _, output = evaluation.communicate(timeout=120)
+    assert b"Traceback" not in output and b"error" not in output, output
+
+
+def test_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_files.run_facts()["git_commit"] == "unknown"
+
+
+CLEARED = [("collect_captions", "OUTPUT_DIR"), (STAGE2, "CHECKPOINT_DIR"), (STAGE2, "OUTPUT_DIR")]
+CARELESS = [(*place, name) for place in CLEARED for name in ("", "results", "results/published", "file")]
+
+
+@pytest.mark.parametrize("name, constant, folder", CARELESS)
+def test_a_folder_that_is_not_the_scripts_own(name, constant, folder, toy_base, tmp_path, script):
+    """In something like a checkout: nothing is deleted."""
+    checkout = tmp_path / "checkout"
+    for file in (".git/HEAD", "results/published/policy/policy.json", "file"):
+        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / file).write_text("precious")
+    write_json(checkout / "results" / "run.json", {"script": "ppo_git_with_prompt.py"})
+    before, edits = files(checkout), {constant: str(checkout / folder)}
+    module = toy_lora.toy_lora(tmp_path, toy_base, **edits) if name == STAGE2 else script(name, **edits)
+    with pytest.raises(SystemExit, match=str(checkout / folder)):
+        checks.run(module.main)
+    assert files(checkout) == before
+
+
+PAIRS = [("OUTPUT_DIR", "RESULTS_DIR"), ("CHECKPOINT_DIR", "OUTPUT_DIR"), ("CHECKPOINT_DIR", "RESULTS_DIR")]
+
+
+@pytest.mark.parametrize("inside", ["", "inside"])
+@pytest.mark.parametrize("replaced, other", PAIRS)
+def test_stage_2_wants_three_folders(replaced, other, inside, toy_base, tmp_path, script):
+    """What is replaced as a whole may not hold another output."""
+    folder = old_output(tmp_path / "adapter", STAGE2)
+    before = files(folder)
+    with pytest.raises(BadInput, match=f"{replaced}|{folder}"):
+        toy_lora.toy_lora(tmp_path, toy_base, **{replaced: str(folder), other: str(folder / inside)}).main()
+    assert files(folder) == before
+
+
+def same(a, b):
+    """Whether two states are equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def load(folder):
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+FAULTS = {"rollout": KILLED, "log": KILLED, "state": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
+
+
+@pytest.mark.parametrize("lora, faults", [("", FAULTS), ("lora", {"log": KILLED})])
+def test_ppo_resumes_exactly(lora, faults, toy_base, tmp_path, script):
+    """Starts that end badly and a last one, against one start; then the run is made longer."""
+    alone, hurt = tmp_path / "alone", tmp_path / "hurt"
+    code, output = run(ppo_main, alone, toy_base, "", "", lora)
+    assert code == 0, output
+    for done, (fault, expected) in enumerate(faults.items(), 1):
+        code, output = run(ppo_main, hurt, toy_base, "yes", fault, lora)
+        assert code == expected and (code == KILLED or "Traceback" not in output), output
+        assert load(hurt)["update"] == (1 if lora else done), fault
+        assert bool(list(hurt.glob("*.partial*"))) == (fault == "state"), fault
+        if fault in ("worker", "disk"):
+            error_line(output)
+    code, output = run(ppo_main, hurt, toy_base, "yes", "", lora)
+    assert code == 0 and not list(hurt.glob("*.partial*")), output
+    for name in ("reward_log.csv", "update_log.csv", "eval_log.csv"):
+        assert rows(hurt / name) == rows(alone / name), name
+    assert len(rows(alone / "reward_log.csv")) > 5 and files(hurt / "policy").keys() == files(alone / "policy").keys()
+    for name in ("policy.safetensors", "policy.json"):
+        assert (hurt / "policy" / name).read_bytes() == (alone / "policy" / name).read_bytes(), name
+    state = load(alone)
+    assert same(load(hurt), state)
+    assert any(
+        p.abs().max() > 0 for name, p in state["model"].items() if ("lora_B" if lora else "policy_head.2") in name
+    )
+
+    if not lora:
+        toy_ppo(hurt, toy_base, ppo_git_with_prompt=dict(RESUME=True, TOTAL_UPDATES=9)).main()
+        assert rows(hurt / "update_log.csv")[:8] == rows(alone / "update_log.csv") and load(hurt)["update"] == 9
+        history = json.loads((hurt / "run.json").read_text())["history"]
+        assert len(history) == 7 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
+
+
+def test_fine_tuning_resumes_exactly(toy_base, tmp_path, script):
+    """Killed in the second epoch, killed while a checkpoint is written, interrupted; then a full disk at the very end.
+
+    The adapter that is there stays whole until another one is.
+    """
+    alone, hurt = tmp_path / "alone", tmp_path / "hurt"
+    code, output = run(toy_lora.main, alone, toy_base)
+    assert code == 0, output
+    adapter = shutil.copytree(alone / "adapter", hurt / "adapter")
+    (adapter / "README.md").write_text("old")
+    for fault, expected in (("step", KILLED), ("checkpoint", KILLED), ("ctrl-c", 1)):
+        before = files(adapter)
+        code, output = run(toy_lora.main, hurt, toy_base, fault != "step", fault)
+        assert code == expected and (code == KILLED or "Traceback" not in output), output
+        assert files(adapter) == before
+    with pytest.raises(BadInput, match="LEARNING_RATE"):
+        toy_lora.toy_lora(hurt, toy_base, RESUME=True, LEARNING_RATE=1e-3).main()
+    code, output = run(toy_lora.main, hurt, toy_base, "yes")
+    assert code == 0, output
+    log = rows(hurt / "results" / "lora_log.csv")
+    assert [row["epoch"] for row in log] == ["1", "2", "3"] and log == rows(alone / "results" / "lora_log.csv")
+    before = files(adapter)
+    code, output = run(toy_lora.main, hurt, toy_base, "yes", "disk")
+    assert code == 1 and files(adapter) == before
+    for name in ("adapter_model.safetensors", "adapter_config.json", "task.json"):
+        assert (adapter / name).read_bytes() == (alone / "adapter" / name).read_bytes()
+    error_line(output)

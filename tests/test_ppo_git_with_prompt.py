@@ -1,25 +1,45 @@
-"""PPO's pure parts against independent float64 oracles, and the loop at toy size."""
+"""PPO's pure parts against independent float64 oracles, and `rollout`, `update` and `train` in toy environments."""
 
 import copy
 import functools
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from test_GitText2ActionWithPrompt import randomize
 
-import checks
-import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
-import run_files
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt, device, to_simulator
+from support import processes
+from support.checks import BadInput
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("repeatable")
+shapes, flags = st.tuples(st.integers(1, 25), st.integers(1, 4)), st.sampled_from([0.0, 1.0])
+finite = st.floats(-100, 100, width=32)
+make_accelerator = functools.partial(processes.make_accelerator, device())
+
+
+@given(st.data(), shapes, st.floats(0, 0.999), st.floats(0, 1))
+def test_gae_is_the_sum_of_its_definition(data, shape, gamma, lam):
+    """Every advantage as an explicit forward sum of discounted TD errors up to the episode's end."""
+    reward, value, next_value = data.draw(arrays(np.float64, (3, *shape), elements=finite))
+    terminated, truncated = data.draw(arrays(np.float64, (2, *shape), elements=flags))
+    done, expected = np.maximum(terminated, truncated), np.zeros(shape)
+    for t, n in np.ndindex(*shape):
+        weight = 1.0
+        for k in range(t, len(reward)):
+            target = reward[k, n] + gamma * (0.0 if terminated[k, n] else next_value[k, n])
+            expected[t, n] += weight * (target - value[k, n])
+            weight *= gamma * lam
+            if done[k, n]:
+                break
+    advantage, returns = ppo.compute_gae(*map(torch.tensor, (reward, value, next_value, terminated, done)), gamma, lam)
+    assert np.allclose(advantage, expected, atol=1e-8) and np.allclose(returns, expected + value, atol=1e-8)
 
 
 def test_ppo_loss_by_hand():
@@ -28,172 +48,182 @@ def test_ppo_loss_by_hand():
     action, old = rng.integers(5, size=6), rng.normal(-1.5, 0.4, size=6)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     ratio = p[range(6), action] / np.exp(old)
-    surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).mean()
-    entropy = -(p * np.log(p)).sum(1).mean()
     terms = ppo.ppo_losses(*map(torch.tensor, (logits, value, action, old, advantage, returns)), 0.2)
-    assert terms["policy_loss"].item() == pytest.approx(-surrogate)
-    assert terms["value_loss"].item() == pytest.approx(0.5 * ((value - returns) ** 2).mean())
-    assert terms["entropy"].item() == pytest.approx(entropy)
-    assert terms["approx_kl"].item() == pytest.approx((ratio - 1 - np.log(ratio)).mean())
-    assert terms["clipfrac"].item() == pytest.approx((np.abs(ratio - 1) > 0.2).mean())
+    assert {name: x.item() for name, x in terms.items()} == pytest.approx({
+        "policy_loss": -np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).mean(),
+        "value_loss": 0.5 * ((value - returns) ** 2).mean(),
+        "entropy": -(p * np.log(p)).sum(1).mean(),
+        "approx_kl": (ratio - 1 - np.log(ratio)).mean(),
+        "clipfrac": (np.abs(ratio - 1) > 0.2).mean(),
+    })  # fmt: skip
+
+
+class Toy(gym.Env):
+    """Noise as frames; an action pays its simulator's index; episodes of `length` steps end or are cut off."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8), gym.spaces.Discrete(5)
+    resume_from, episode = None, -1
+
+    def __init__(self, number, length, truncates, pay=(0, 1, 2, 3, 4)):
+        self.number, self.length, self.truncates, self.pay = number, length, truncates, pay
+
+    def frame(self):
+        rng = np.random.default_rng([self.number, self.episode, self.t])
+        return rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.t = self.resume_from or (self.episode + 1, 0)
+        self.resume_from = None
+        return self.frame(), {}
+
+    def step(self, action):
+        self.t += 1
+        end = self.t == self.length
+        info = {"episode_summary": {"track_seed": 100 * self.number + self.episode, "length": self.t}} if end else {}
+        return self.frame(), self.pay[action], end and not self.truncates, end and self.truncates, info
+
+    def snapshot(self):
+        return self.episode, self.t
+
+
+def make_toys(lengths=(4, 3), **kwargs):
+    """Two toys; the first one's episodes are cut off, the second one's end."""
+    toys = [functools.partial(Toy, i, length, i == 0, **kwargs) for i, length in enumerate(lengths)]
+    return gym.vector.SyncVectorEnv(toys, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 def test_return_normalizer_equals_gymnasium():
-    """One environment's rewards through Gymnasium's own wrapper."""
-
-    class Scripted(gym.Env):
-        observation_space, action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(1)
-
-        def reset(self, seed=None, options=None):
-            return 0, {}
-
-        def step(self, action):
-            reward, end = script[self.t]
-            self.t += 1
-            return 0, reward, bool(end), False, {}
-
-    rng = np.random.default_rng(0)
-    script = list(zip(rng.normal(2, 3, size=200), rng.random(200) < 0.05))
-    env = Scripted()
-    env.t = 0
-    theirs = gym.wrappers.NormalizeReward(env, gamma=0.99, epsilon=1e-8)
-    theirs.reset()
-    ours = ppo.ReturnNormalizer(1, 0.99)
-    for reward, end in script:
-        expected = theirs.step(0)[1]
-        got = ours(torch.tensor([reward]), torch.tensor([float(end)])).item()
-        assert got == pytest.approx(float(expected), rel=1e-6)
-    resumed = ppo.ReturnNormalizer(1, 0.99)
-    resumed.load_state_dict(ours.state_dict())
-    step = torch.tensor([1.0]), torch.tensor([0.0])
-    assert resumed(*step) == ours(*step)
+    """One environment whose episodes end, and two that go on, through Gymnasium's own wrappers."""
+    one = gym.wrappers.NormalizeReward(Toy(0, 7, False), 0.99, 1e-8)
+    two = gym.wrappers.vector.NormalizeReward(make_toys((999, 999)), 0.99, 1e-8)
+    for env, size in ((one, 1), (two, 2)):
+        ours, _ = ppo.ReturnNormalizer(size, 0.99), env.reset()
+        for actions in np.random.default_rng(0).integers(5, size=(100, size)):
+            _, expected, ended, *_ = env.step(actions if size == 2 else actions[0])
+            scaled = ours(torch.tensor(actions), torch.tensor(ended))
+            assert scaled.tolist() == pytest.approx(np.atleast_1d(expected), rel=1e-5)
+            if size == 1 and ended:
+                env.unwrapped.reset()
 
 
-def test_ratio_needs_the_stored_masks(toy_model, frames):
-    """With a full-scale last layer, re-drawn dropout moves the policy before the first step; stored masks do not."""
-    torch.nn.init.orthogonal_(toy_model.policy_head[2].weight)
-    with torch.no_grad():
-        features, scores = toy_model.encode(frames)
-        dropout = toy_model.draw_dropout(3)
-        log_probs = toy_model.head(features, scores, dropout)[0].log_softmax(-1)
-    batch = {"features": features, "answer_log_probs": scores, "dropout": dropout, "action": torch.tensor([1, 2, 3])}
-    batch["log_prob"] = log_probs.gather(1, batch["action"][:, None])[:, 0]
-    ppo.check_ratio(toy_model, batch)
-    with pytest.raises(RuntimeError, match="ratio is off"):
-        ppo.check_ratio(toy_model, batch | {"dropout": toy_model.draw_dropout(3)})
+@pytest.mark.parametrize("lora", [False, True])
+@torch.no_grad()
+def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
+    """Against single environments that take the same actions, one frame at a time; a LoRA needs the frames again."""
+    if lora:
+        toy_model.add_lora(2, 4)
+    randomize(toy_model, "_head.", "lora_B")
+    envs, num_steps, ended = make_toys(), 10, []
+    following, data, episodes = ppo.rollout(envs, envs.reset()[0], toy_model, num_steps)
+    for n, env in enumerate((Toy(0, 4, True), Toy(1, 3, False))):
+        frame, _ = env.reset()
+        for t in range(num_steps):
+            step = {name: x[t, n] for name, x in data.items()}
+            assert not lora or np.array_equal(step["frames"], frame)
+            features, scores = toy_model.encode(frame[None])
+            logits, value = toy_model.head(features, scores, step["dropout"][None])
+            log_prob = logits.log_softmax(1)[0, step["action"]]
+            frame, reward, terminated, truncated, info = env.step(to_simulator(step["action"]))
+            next_value = torch.tensor(0.0) if terminated else toy_model(frame[None])[1][0]
+            expected = {"features": features[0], "answer_log_probs": scores[0], "log_prob": log_prob, "value": value[0]}
+            for name, x in (expected | {"next_value": next_value}).items():
+                assert torch.allclose(step[name], x, atol=1e-5), name
+            assert (step["reward"], step["terminated"], step["done"]) == (reward, terminated, terminated or truncated)
+            if terminated or truncated:
+                ended.append((t, info["episode_summary"]))
+                frame, _ = env.reset()
+        assert np.array_equal(following[n], frame)
+    assert sorted(episodes, key=str) == sorted(ended, key=str) and len(ended) == 2 + 3
+    assert data["dropout"].unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
 
 
-def learning_batch(model, frames):
-    with torch.no_grad():
-        features, scores = model.encode(frames)
-        dropout = model.draw_dropout(len(frames))
-        logits, value = model.head(features, scores, dropout)
-    action = torch.arange(len(frames)) % 5
-    return {
-        "features": features, "answer_log_probs": scores, "dropout": dropout, "action": action, "value": value,
-        "log_prob": logits.log_softmax(-1).gather(1, action[:, None])[:, 0], "advantage": (action == 1).float(),
-        "returns": torch.ones(len(frames)),
-    }  # fmt: skip
+@torch.no_grad()
+def make_batch(model, size=40):
+    """Stored decisions of random frames; of the actions 1 is the better one."""
+    frames = torch.randint(0, 256, (size, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features, scores = model.encode(frames)
+    dropout, action = model.draw_dropout(size), torch.arange(size) % 5
+    log_prob = model.head(features, scores, dropout)[0].log_softmax(-1).gather(1, action[:, None])[:, 0]
+    batch = {"frames": frames, "features": features, "answer_log_probs": scores, "dropout": dropout, "action": action}
+    return batch | {"log_prob": log_prob, "advantage": (action == 1).float(), "returns": torch.linspace(0, 1, size)}
 
 
-def test_update_learns_the_better_action_and_warmup_only_the_value(toy_model, constants):
-    frames = torch.randint(0, 256, (40, 96, 96, 3), dtype=torch.uint8)
-    constants(ppo, MINIBATCH_SIZE=20)
-    batch = learning_batch(toy_model, frames)
-    optimizer = torch.optim.Adam([p for n, p in toy_model.named_parameters() if "_head." in n], lr=1e-2)
-    before = {n: p.clone() for n, p in toy_model.named_parameters()}
-    ppo.update_policy(toy_model, optimizer, batch, True, Accelerator(cpu=True))
-    changed = {n for n, p in toy_model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed and all(n.startswith("value_head") for n in changed)
-    p_before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
-    ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
-    p_after = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
-    assert p_after > p_before
+def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model):
+    """The ratio is 1 before the first step; re-drawn dropout would move it. Losses that are no number stop the run."""
+    randomize(toy_model, "_head.")
+    batch, heads = make_batch(toy_model), [p for n, p in toy_model.named_parameters() if "_head." in n]
+    optimizer = torch.optim.Adam(heads, lr=1e-2)
+    with pytest.raises(RuntimeError):
+        ppo.update(toy_model, optimizer, batch | {"dropout": toy_model.draw_dropout(40)}, make_accelerator())
+    with pytest.raises(BadInput, match="LEARNING_RATE"):
+        ppo.update(toy_model, optimizer, batch | {"returns": torch.full((40,), torch.nan)}, make_accelerator())
+    before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
+    diagnostics = ppo.update(toy_model, optimizer, batch, make_accelerator(), k_epochs=1)
+    assert abs(diagnostics["approx_kl"]) < 1e-6 and diagnostics["clipfrac"] == 0
+    assert toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean() > before
 
 
-def test_microbatches_add_up_to_the_minibatch(toy_model, constants):
+def test_microbatches_add_up_to_the_minibatch(toy_model, script):
     toy_model.add_lora(2, 4)
-    for name, p in toy_model.named_parameters():
-        if "lora_B" in name or name == "policy_head.2.weight":
-            torch.nn.init.normal_(p, std=0.1)
-    frames = torch.randint(0, 256, (20, 96, 96, 3), dtype=torch.uint8)
-    batch = learning_batch(toy_model, frames) | {"frames": frames, "returns": torch.randn(20)}
-    constants(ppo, TRAIN_LORA=True, MINIBATCH_SIZE=20, K_EPOCHS=2)
-    results = []
+    randomize(toy_model, "lora_B", "_head.")
+    batch, results = make_batch(toy_model, 20), []
     for size in (20, 7):
-        constants(ppo, MICROBATCH_SIZE=size)
-        model = copy.deepcopy(toy_model)
-        parameters = [p for n, p in model.named_parameters() if "lora_" in n]
-        torch.manual_seed(0)
-        diagnostics = ppo.update_policy(model, torch.optim.SGD(parameters, lr=1.0), batch, False, Accelerator(cpu=True))
-        results.append((parameters, diagnostics))
-    (whole, diagnostics), (parts, diagnostics_of_parts) = results
-    assert diagnostics_of_parts == pytest.approx(diagnostics, rel=1e-4, abs=1e-6)
-    for before, p, q in zip((p for n, p in toy_model.named_parameters() if "lora_" in n), whole, parts):
+        model, edited = copy.deepcopy(toy_model), script("ppo_git_with_prompt", MICROBATCH_SIZE=size)
+        lora = [p for n, p in model.named_parameters() if "lora_" in n]
+        edited.update(model, torch.optim.SGD(lora, lr=1.0), batch, make_accelerator(), k_epochs=1)
+        results.append(lora)
+    for before, p, q in zip((p for n, p in toy_model.named_parameters() if "lora_" in n), *results):
         assert not torch.equal(before, p) and torch.allclose(p, q, atol=1e-5)
 
 
-def test_not_a_number_stops_the_run(toy_model, constants):
-    batch = learning_batch(toy_model, torch.randint(0, 256, (5, 96, 96, 3), dtype=torch.uint8))
-    batch["returns"][0] = float("nan")
-    optimizer = torch.optim.Adam(toy_model.value_head.parameters())
-    with pytest.raises(checks.BadInput, match="LEARNING_RATE"):
-        ppo.update_policy(toy_model, optimizer, batch, False, Accelerator(cpu=True))
+def train(model, envs, state=None, **arguments):
+    """Everything that `train` yields; its tensors go on changing, so they are copied."""
+    arguments = {"total_updates": 5, "num_steps": 6, "k_epochs": 2} | arguments
+    return [*map(copy.deepcopy, ppo.train(model, envs, make_accelerator(), state, **arguments))]
 
 
-@pytest.fixture
-def toy_run(constants, toy_base, tmp_path):
-    constants(
-        ppo, ADAPTER="", BASE_WITHOUT_ADAPTER=str(toy_base), RESULTS_DIR=str(tmp_path), NUM_ENVS=2, NUM_STEPS=30,
-        TOTAL_UPDATES=2, EVALUATIONS=1, MINIBATCH_SIZE=30, WARMUP_UPDATES=1, EVAL_TRACKS=range(100_000, 100_001),
-    )  # fmt: skip
-    # evaluation and filming are tested elsewhere: here they would only cost time
-    constants(ppo.evaluate, evaluate=lambda act, tracks, envs: [{"return": 0.0, "end": "time"} for _ in tracks])
-    constants(ppo.evaluate, record_video=lambda driver, track, path: 0.0)
-    return functools.partial(constants, ppo), tmp_path
+@pytest.fixture(scope="module")
+def run(toy_base):
+    """Five updates with a LoRA, of which three warm up."""
+    torch.manual_seed(0)
+    model = GitText2ActionWithPrompt.from_pretrained(toy_base)
+    model.add_lora(2, 4)
+    return train(model, make_toys())
 
 
-@pytest.mark.parametrize("train_lora", [False, True])
-def test_a_run_writes_everything_and_resumes(toy_run, train_lora):
-    set_constants, folder = toy_run
-    set_constants(TRAIN_LORA=train_lora)
-    ppo.main()
-    names = {path.name for path in folder.iterdir()}  # no reward_log.csv yet: no episode ends in so few decisions
-    assert {"update_log.csv", "eval_log.csv", "reward_curve.png", "ppo_losses.png", "ppo_diagnostics.png"} <= names
-    assert {"state.pt", "run.json", "policy"} <= names
-    assert [row["update"] for row in run_files.read_log(folder / "update_log.csv")] == ["1", "2"]
-    assert float(run_files.read_log(folder / "update_log.csv")[0]["approx_kl"]) < 1e-6
-    first = (folder / "update_log.csv").read_text()
-    set_constants(RESUME=True, TOTAL_UPDATES=3)
-    ppo.main()
-    log = run_files.read_log(folder / "update_log.csv")
-    assert [row["update"] for row in log] == ["1", "2", "3"]
-    assert (folder / "update_log.csv").read_text().startswith(first)
-    assert json.loads((folder / "policy" / "policy.json").read_text())["prompt"] == model_file.PROMPT
+def test_training_yields_before_the_first_update_and_after_each(run):
+    """While the value warms up nothing else moves; the learning rate falls to a tenth."""
+    assert [number for number, *_ in run] == [0, 1, 2, 3, 4, 5] == [state["update"] for *_, state in run]
+    finished = [(decision, info["track_seed"]) for _, episodes, *_ in run for decision, info in episodes]
+    assert sorted(seed for _, seed in finished) == [*range(7), *range(100, 110)]  # in 30 steps 7 of 4 and 10 of 3
+    assert {decision for decision, _ in finished} <= {*range(6)}
+    rates = [diagnostics["learning_rate"] for _, _, diagnostics, _ in run[1:]]
+    assert rates == pytest.approx(np.linspace(1, 0.1, 5) * ppo.LEARNING_RATE)
+    for kind, first in (("value_head", 1), ("policy_head", 4), ("lora_B", 4)):
+        for number in range(1, 6):
+            before, after = (run[i][3]["model"] for i in (number - 1, number))
+            moved = any(not torch.equal(p, before[name]) for name, p in after.items() if kind in name)
+            assert moved == (number >= first), (kind, number)
 
 
-def test_ctrl_c_keeps_what_was_written(toy_base, tmp_path):
-    """A real SIGINT to the whole process group, as a terminal sends it, after the first update."""
-    code = f"""
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-import ppo_git_with_prompt as ppo
-ppo.ADAPTER, ppo.BASE_WITHOUT_ADAPTER, ppo.RESULTS_DIR = "", {str(toy_base)!r}, {str(tmp_path)!r}
-ppo.NUM_ENVS, ppo.NUM_STEPS, ppo.EVAL_TRACKS = 2, 20, range(100_000, 100_001)
-ppo.evaluate.evaluate = lambda act, tracks, envs: [{{"return": 0.0, "end": "time"}} for _ in tracks]
-ppo.main()
-"""
-    root = Path(ppo.__file__).parent
-    run = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=root, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    while len(run_files.read_log(tmp_path / "update_log.csv")) < 2 and run.poll() is None:
-        time.sleep(0.2)
-    os.killpg(run.pid, signal.SIGINT)
-    _, output = run.communicate(timeout=60)
-    assert run.returncode == 1 and "stopped by Ctrl-C" in output and "Traceback" not in output
-    with pytest.raises(ProcessLookupError):  # nothing of the group is left
-        os.killpg(run.pid, 0)
-    assert len(run_files.read_log(tmp_path / "update_log.csv")) >= 2
-    for name in ("state.pt", "policy/policy.safetensors", "reward_curve.png", "run.json"):
-        assert (tmp_path / name).exists()
+def test_a_state_continues_to_the_same_numbers(run, toy_base):
+    torch.manual_seed(99)
+    model = GitText2ActionWithPrompt.from_pretrained(toy_base)
+    model.add_lora(2, 4)
+    resumed = train(model, make_toys(), state=copy.deepcopy(run[3][3]))
+    assert [number for number, *_ in resumed] == [4, 5]
+    for (_, episodes, diagnostics, state), (_, *expected) in zip(resumed, run[4:]):
+        clock = {name: diagnostics[name] for name in ("decisions_per_second", "update_share", "seconds")}
+        assert episodes == expected[0] and diagnostics == expected[1] | clock
+        assert all(torch.equal(p, expected[2]["model"][name]) for name, p in state["model"].items())
+        ours, theirs = (x["processes"][0] for x in (state, expected[2]))
+        assert torch.equal(ours["rng"]["cpu"], theirs["rng"]["cpu"]) and ours["episodes"] == theirs["episodes"]
+
+
+def test_the_first_value_loss_by_hand(toy_model):
+    """Every action pays 2 and the value starts at 0, so the returns are known; nothing is normalised."""
+    arguments = dict(total_updates=1, num_steps=3, k_epochs=1, normalize_return=False, gamma=0.5)
+    _, (_, _, diagnostics, _) = train(toy_model, make_toys((99, 99), pay=(2,) * 5), **arguments)
+    decay = 0.5 * ppo.GAE_LAMBDA
+    returns = 2 * np.array([1 + decay + decay**2, 1 + decay, 1])
+    assert diagnostics["value_loss"] == pytest.approx(0.5 * np.square(returns).mean())

@@ -1,87 +1,126 @@
-"""torchrun with two CPU processes: the same update as one, other tracks for each, an end with an error if one dies."""
+"""Workers, simulators and training processes: the same numbers as one, an end if one dies, and none left behind."""
 
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pytest
 import torch
-import toy_lora
-import toy_ppo
-import toy_update
+from accelerate.utils import gather_object
+from test_ppo_git_with_prompt import make_accelerator, make_batch, train
 
-import run_files
+import ppo_git_with_prompt as ppo
+from GitText2ActionWithPrompt import GitText2ActionWithPrompt
+from support import processes
+from support.checks import BadInput
+from support.run_files import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 
 
-def run(launcher, script, *arguments):
-    command = [*launcher, script.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_jobs_come_back_in_order_and_closing_ends_the_workers():
+    assert [*processes.run_jobs(math.sqrt, iter(range(9)), 2)] == [math.sqrt(number) for number in range(9)]
+    jobs = processes.run_jobs(time.sleep, itertools.chain([0], itertools.repeat(600)), 2)
+    next(jobs)
+    workers = multiprocessing.active_children()
+    jobs.close()
+    assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+    with pytest.raises(BrokenProcessPool):  # a worker that dies is not waited for
+        next(processes.run_jobs(os._exit, iter([1]), 1))
 
 
-@pytest.fixture
-def rollout(toy_model, tmp_path):
-    """64 stored decisions of a policy whose last layer is not zero, and rewards of 20 steps in 4 environments."""
-    torch.manual_seed(1)
-    frames = torch.randint(0, 256, (64, 96, 96, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        features, scores = toy_model.encode(frames)
-        dropout = toy_model.draw_dropout(64)
-        logits, value = toy_model.head(features, scores, dropout)
-    action = torch.randint(0, 5, (64,))
-    batch = {
-        "features": features, "answer_log_probs": scores, "dropout": dropout, "action": action, "value": value,
-        "log_prob": logits.log_softmax(-1).gather(1, action[:, None])[:, 0], "advantage": torch.randn(64),
-        "returns": torch.randn(64),
-    }  # fmt: skip
-    path = tmp_path / "rollout.pt"
-    torch.save({"batch": batch, "reward": torch.randn(20, 4), "done": (torch.rand(20, 4) < 0.1).float()}, path)
-    return path
+def test_a_lost_simulator_is_bad_input_and_closing_ends_the_others():
+    """Deaf ones too: SDL handles SIGTERM while a display is open, and forked workers inherit that."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    envs = ppo.make_envs(0, num_envs=2)
+    signal.signal(signal.SIGTERM, before)
+    with contextlib.closing(envs):
+        envs.reset()
+        os.kill(envs.processes[0].pid, signal.SIGKILL)
+        with pytest.raises(BadInput, match="NUM_ENVS"):
+            envs.step(np.zeros(2, dtype=np.int64))
+    assert not any(process.is_alive() for process in envs.processes)
 
 
-def test_two_processes_update_as_one(rollout, toy_base, tmp_path):
-    results = []
-    for launcher in ([sys.executable], TORCHRUN):
-        output = tmp_path / f"{len(results)}.pt"
-        finished = run(launcher, toy_update, toy_base, rollout, output)
-        assert finished.returncode == 0, finished.stderr
-        results.append(torch.load(output, weights_only=True))
-    one, two = results
-    for ours, theirs in zip(two["parameters"], one["parameters"]):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    assert any(p.abs().max() > 1e-2 for p in one["parameters"])
-    assert torch.allclose(two["reward"], one["reward"], atol=1e-6)
-    assert two["diagnostics"] == pytest.approx(one["diagnostics"], abs=1e-5)
+def update(base, stored):
+    """Warm up, update on this process's share (one minibatch: its order does not matter) and normalise."""
+    accelerator = make_accelerator()
+    count, index = accelerator.num_processes, accelerator.process_index
+    torch.manual_seed(0)
+    model = GitText2ActionWithPrompt.from_pretrained(base)
+    batch = {name: x.chunk(count)[index].clone() for name, x in stored.items()}
+    optimizer = ppo.make_optimizer(model)
+    for warming_up in (True, False):
+        diagnostics = ppo.update(model, optimizer, batch, accelerator, warming_up=warming_up)
+    rewards = stored["returns"].view(10, 4).chunk(count, 1)[index]
+    rewards = ppo.normalize_rewards(ppo.ReturnNormalizer(4, 0.98), rewards, (rewards > 0.9).float(), accelerator)
+    return model.trained_parameters() | {"rewards": accelerator.gather(rewards.T.contiguous()).T}, diagnostics
 
 
-def test_two_processes_drive_other_tracks_and_resume(toy_base, tmp_path):
-    """The second process is killed in a rollout: the first does not wait for ever, and the resumed run is the uninterrupted one."""
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    finished = run(TORCHRUN, toy_ppo, alone, toy_base, "", "")
-    assert finished.returncode == 0, finished.stderr
-    episodes = run_files.read_log(alone / "reward_log.csv")
-    state = torch.load(alone / "state.pt", weights_only=True)
-    tracks = [[e["track_seed"] for half in part["episodes"] for e in half] for part in state["processes"]]
-    assert len(tracks) == 2 and len({*tracks[0], *tracks[1]}) == 6
-    assert len(episodes) == len({row["track_seed"] for row in episodes}) == state["episode"]
-    assert [int(row["env_frames"]) for row in episodes] == sorted(int(row["env_frames"]) for row in episodes)
+def main(base, batch, output):
+    """Under torchrun: an update on a share of `batch`, two updates in simulators, and the second once more."""
+    rank, _ = processes.join_torchrun()
+    first, second = (ppo.make_envs(0, num_envs=2, rank=rank) for _ in range(2))
+    torch.set_num_threads(1)
 
-    finished = run(TORCHRUN, toy_ppo, killed, toy_base, "", "rollout")
-    assert finished.returncode != 0 and "Signal 9" in finished.stderr
-    assert len(run_files.read_log(killed / "update_log.csv")) == 1
-    finished = run(TORCHRUN, toy_ppo, killed, toy_base, "yes", "")
-    assert finished.returncode == 0, finished.stderr
-    for name in ("reward_log.csv", "policy/policy.safetensors"):
-        assert (killed / name).read_bytes() == (alone / name).read_bytes(), name
-    resumed = torch.load(killed / "state.pt", weights_only=True)
-    assert all(torch.equal(p, resumed["model"][name]) for name, p in state["model"].items())
+    def run(envs, state=None):
+        torch.manual_seed(rank)
+        model = GitText2ActionWithPrompt.from_pretrained(base)
+        return [new for *_, new in train(model, envs, state, total_updates=2, num_steps=5, k_epochs=1)]
+
+    result = {"update": update(base, torch.load(batch, weights_only=True))}
+    _, before, result["state"] = run(first)
+    (result["resumed"],) = run(second, before)
+    result["tracks"] = gather_object(first.get_attr("track_seed"))
+    first.close(), second.close()
+    if rank == 0:
+        torch.save(result, output)
+    make_accelerator().end_training()
 
 
-def test_two_processes_fine_tune(toy_base, tmp_path):
-    toy_lora.write_data(tmp_path / "data")
-    finished = run(TORCHRUN, toy_lora, tmp_path, toy_base, "", "")
-    assert finished.returncode == 0, finished.stderr
-    log = run_files.read_log(tmp_path / "results" / "lora_log.csv")
-    assert [row["epoch"] for row in log] == ["1", "2", "3"]
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert finished.stdout.count("wrote ") == 1
+def test_two_processes_train_as_one_on_tracks_of_their_own_and_resume(toy_model, toy_base, tmp_path):
+    stored = make_batch(toy_model)
+    torch.save(stored, tmp_path / "stored.pt")
+    command = [*TORCHRUN, __file__, toy_base, tmp_path / "stored.pt", tmp_path / "two.pt"]
+    subprocess.run(command, env=ENV, check=True, timeout=180)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    expected, diagnostics = update(toy_base, stored)
+    for name, x in expected.items():
+        assert torch.allclose(two["update"][0][name], x, atol=1e-5) and x.abs().max() > 1e-4, name
+    assert two["update"][1] == pytest.approx(diagnostics, abs=1e-5)
+    assert len(two["tracks"]) == len(set(two["tracks"])) == 4
+    assert all(torch.equal(p, two["resumed"]["model"][name]) for name, p in two["state"]["model"].items())
+    for ours, theirs in zip(two["resumed"]["processes"], two["state"]["processes"], strict=True):
+        assert ours["episodes"] == theirs["episodes"] and torch.equal(ours["rng"]["cpu"], theirs["rng"]["cpu"])
+
+
+def test_a_killed_torchrun_leaves_no_process(tmp_path):
+    (tmp_path / "sleep.py").write_text(
+        "import os, pathlib, time\nfrom support import processes\nrank, _ = processes.join_torchrun()\n"
+        "pathlib.Path(__file__).with_name(f'{rank}.pid').write_text(f'{os.getpid()} ')\ntime.sleep(600)\n"
+    )
+    agent = subprocess.Popen([*TORCHRUN, tmp_path / "sleep.py"], env=ENV)
+    files = [tmp_path / f"{rank}.pid" for rank in range(2)]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert agent.poll() is None
+        time.sleep(0.1)
+    agent.kill()
+    agent.wait()
+    for file in files:
+        with pytest.raises(ProcessLookupError):  # within ten seconds
+            for _ in range(100):
+                os.kill(int(file.read_text()), 0)
+                time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,58 +1,68 @@
-"""A toy LoRA run in a process of its own: `python toy_lora.py FOLDER BASE RESUME KILL`.
+"""A toy LoRA run to which something happens: `python toy_lora.py FOLDER BASE RESUME FAULT`.
 
-KILL: "step" (in the second epoch), "checkpoint" (while the second epoch's checkpoint is being written), or empty.
+FAULT: "step" (killed in the second epoch), "checkpoint" (killed while the first is written), "ctrl-c", "disk" or empty.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from toy_ppo import die, die_at_call  # noqa: E402
+from conftest import edit  # noqa: E402
+from toy_process import at_call, die, fill_the_disk  # noqa: E402
 
-import train_git_lora_carllava_style as stage2  # noqa: E402
-
-KILLS = ("step", "checkpoint")
-answers = list(stage2.model_file.ANSWERS)
+import GitText2ActionWithPrompt as model_file  # noqa: E402
+from support import checks  # noqa: E402
+from support.run_files import write_json  # noqa: E402
 
 
 def write_data(folder):
     """Noise with answers; under torchrun written before the processes start."""
-    rng = np.random.default_rng(0)
+    rng, answers = np.random.default_rng(0), list(model_file.ANSWERS)
     for split, count in {"train": 40, "validation": 10}.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        rows = []
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(folder / split / f"{i}.png")
-            rows.append({"file_name": f"{i}.png", "text": answers[i % 5], "prompt": stage2.model_file.PROMPT})
-        (folder / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.json").write_text(json.dumps({"frame_skip": stage2.car_racing_env.FRAME_SKIP}))
+        (folder / split).mkdir(parents=True)
+        with (folder / split / "metadata.jsonl").open("w") as metadata:
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(folder / split / f"{i}.png")
+                row = {"file_name": f"{i}.png", "text": answers[i % 5], "prompt": model_file.PROMPT}
+                metadata.write(json.dumps(row) + "\n")
+    write_json(folder / "task.json", model_file.task())
 
 
-def main(folder, base, resume, kill):
+def toy_lora(folder, base, **constants):
+    """The fine-tuning script at toy size; the data are written first if they are missing."""
     folder = Path(folder)
-    if not (folder / "data" / "run.json").exists():
+    if not (folder / "data").exists():
         write_data(folder / "data")
-    stage2.BASE_MODEL, stage2.DATA_DIR, stage2.OUTPUT_DIR = base, str(folder / "data"), str(folder / "adapter")
-    stage2.RESULTS_DIR, stage2.CHECKPOINT_DIR = str(folder / "results"), str(folder / "checkpoints")
-    stage2.MIN_FRAMES, stage2.EPOCHS, stage2.BATCH_SIZE, stage2.LORA_RANK, stage2.LORA_DROPOUT = 1, 3, 8, 4, 0.1
-    stage2.RESUME = bool(resume)
-    if kill == "step":
-        stage2.model_file.preprocess = die_at_call(11, stage2.model_file.preprocess)
-    if kill == "checkpoint":
-        save, saved = stage2.torch.save, []
+    defaults = dict(
+        BASE_MODEL=str(base), DATA_DIR=str(folder / "data"), OUTPUT_DIR=str(folder / "adapter"), MIN_FRAMES=1, EPOCHS=3,
+        RESULTS_DIR=str(folder / "results"), CHECKPOINT_DIR=str(folder / "checkpoints"), BATCH_SIZE=8, LORA_RANK=4,
+        LORA_DROPOUT=0.1,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    return edit("train_git_lora_carllava_style", **defaults | constants)
 
-        def save_or_die(state, path, *args, **kwargs):
-            saved.extend([path] * str(path).endswith("scheduler.pt"))
-            return die() if len(saved) == 2 else save(state, path, *args, **kwargs)
 
-        stage2.torch.save = save_or_die
+def main(folder, base, resume="", fault=""):
+    stage2 = toy_lora(folder, base, RESUME=bool(resume))
+    preprocess = model_file.preprocess
+    if fault == "step":
+        model_file.preprocess = at_call(11, preprocess)
+    if fault == "ctrl-c":
+        model_file.preprocess = at_call(3, preprocess, lambda *args: os.killpg(0, signal.SIGINT))
+    if fault == "checkpoint":
+        torch.save = die  # after the weights, before the optimizer's state
+    if fault == "disk":
+        fill_the_disk(size=10_000)  # less than the weights
     stage2.main()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    checks.run(lambda: main(*sys.argv[1:]))

@@ -1,8 +1,9 @@
-"""GIT's forward pass over plain tensors: Hugging Face's mathematics in two fifths of the operations.
+"""GIT's forward pass over plain tensors, for models that are not trained: Hugging Face's mathematics in fewer operations.
 
-`collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation
-inside the patch embedding, a LoRA added to its layer. `encode_image`, `embed` and `decode` are pure, differentiable
-functions of them and their inputs; image and text pass the decoder together.
+`prepare` takes the weights out of a `GitForCausalLM` once: query, key and value as one matrix, the pixels' normalisation
+inside the patch embedding, a LoRA added to its layer, and, on CPUs with AVX-512, matrices in oneDNN's own order.
+All other functions are pure functions of them and their inputs; image and text pass the decoder together.
+States and scores equal Hugging Face's within 1e-5 (tests/test_GitText2ActionWithPrompt.py).
 """
 
 import functools
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation, QuickGELUActivation
 
-# On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on AMD
+# On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on AMD.
+# torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
 
@@ -32,7 +34,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What `encode_image`, `embed` and `decode` need of a GIT model."""
+    """What the pass needs of a GIT model."""
 
     patch_embedding: tuple  # of pixels from 0 to 255
     class_embedding: torch.Tensor  # (1, 1, width), its position added
@@ -51,15 +53,12 @@ class Weights(NamedTuple):
     lm_head: tuple
 
 
-def collect(git, image_processor, adapted=True):
-    """The `Weights` of a `GitForCausalLM`, of its LoRA layers W + scaling B A, or W alone if not `adapted`.
-
-    A LoRA is PEFT's plain one named "default", not merged; an adapter of another kind must be merged first.
-    """
+def collect(git, image_processor):
+    """The `Weights` of a `GitForCausalLM` with linear layers W, or W + scaling B A where PEFT put a LoRA named "default"."""
 
     def linear_of(module):
         weight = module.weight
-        if adapted and hasattr(module, "get_delta_weight"):
+        if hasattr(module, "get_delta_weight"):
             weight = weight + module.get_delta_weight("default")
         return weight, module.bias
 
@@ -116,51 +115,36 @@ def collect(git, image_processor, adapted=True):
     )  # fmt: skip
 
 
-def packed(weights):
-    """Frozen `Weights` with their matrices in oneDNN's own order, where oneDNN multiplies by them: read faster."""
-    if not (ONEDNN and weights.patch_positions.device.type == "cpu" and weights.patch_positions.dtype == torch.float32):
-        return weights
+def prepare(git, image_processor, onednn=ONEDNN):
+    """Detached `Weights` of a model that is not trained, their matrices in oneDNN's own order where that is faster."""
+    with torch.no_grad():
+        weights = collect(git, image_processor)
+        if not (onednn and weights.patch_positions.device.type == "cpu"):
+            return weights
 
-    def pack(matrix):
-        return torch.ops.mkldnn._reorder_linear_weight(matrix[0]), matrix[1]
+        def pack(matrix):
+            return torch.ops.mkldnn._reorder_linear_weight(matrix[0]), matrix[1]
 
-    def pack_layer(layer):
-        return layer._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
+        def pack_layer(layer):
+            return layer._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
 
-    vision, decoder = ([pack_layer(layer) for layer in layers] for layers in (weights.vision, weights.decoder))
-    return weights._replace(vision=vision, decoder=decoder, lm_head=pack(weights.lm_head))
+        return weights._replace(
+            vision=[pack_layer(layer) for layer in weights.vision],
+            projection=pack(weights.projection),
+            decoder=[pack_layer(layer) for layer in weights.decoder],
+            lm_head=pack(weights.lm_head),
+        )
 
 
 def linear(x, weight, bias, activation=None):
-    """`activation(F.linear(x, weight, bias))`, by oneDNN for float32 on CPUs with AVX-512."""
-    if not (ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
-        x = F.linear(x, weight, bias)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        x = OneDNNLinear.apply(x, weight, bias)
-    else:
+    """`activation(F.linear(x, weight, bias))`, by oneDNN if `prepare` packed the weight for it."""
+    if weight.is_mkldnn:
         fused = activation if activation in ONEDNN_ACTIVATIONS else None
         x = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ONEDNN_ACTIVATIONS[fused])
         activation = None if fused else activation
+    else:
+        x = F.linear(x, weight, bias)
     return activation(x) if activation else x
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """oneDNN's linear map with its gradients, also by oneDNN."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weight), rows = ctx.saved_tensors, grad.reshape(-1, grad.shape[-1])
-        weight = weight.to_dense() if weight.is_mkldnn else weight
-        return (
-            linear(grad, weight.T, None) if ctx.needs_input_grad[0] else None,
-            linear(rows.T, x.reshape(-1, x.shape[-1]).T, None) if ctx.needs_input_grad[1] else None,
-            rows.sum(0) if ctx.needs_input_grad[2] else None,
-        )
 
 
 def project_qkv(x, weights, count):
@@ -217,3 +201,29 @@ def prefix_mask(image_rows, text_rows, device):
     mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
     mask[:image_rows, :image_rows] = True
     return mask
+
+
+def read(w, pixels, tokens, last=1):
+    """One pass over image and text: the `last` states, float32 (B, last, D), and the cache for text that follows.
+
+    `pixels` float32 (B, 3, S, S) from 0 to 255; `tokens` is a list of ids, the same text for every image.
+    """
+    image = encode_image(w, pixels)
+    text = embed(w, torch.tensor([tokens], device=pixels.device)).expand(len(image), -1, -1)
+    mask = prefix_mask(image.shape[1], len(tokens), pixels.device)
+    states, cache = decode(w, torch.cat([image, text], 1), mask, last=last)
+    return states.float(), cache
+
+
+def generate(w, pixels, prompt, stop, max_tokens):
+    """Greedily chosen token ids after `prompt`, a list for each image, without `stop` and what follows it."""
+    states, cache = read(w, pixels, prompt)
+    tokens = torch.empty(len(pixels), 0, dtype=torch.int64, device=pixels.device)
+    while tokens.shape[1] < max_tokens and not (tokens == stop).any(1).all():
+        if tokens.shape[1]:
+            text = embed(w, tokens[:, -1:], len(prompt) + tokens.shape[1] - 1)
+            states, cache = decode(w, text, cache=cache)
+        with torch.autocast(pixels.device.type, enabled=False):
+            word = linear(states[:, -1].float(), *w.lm_head).argmax(-1)
+        tokens = torch.cat([tokens, word[:, None]], 1)
+    return [row[: row.index(stop)] if stop in row else row for row in tokens.tolist()]

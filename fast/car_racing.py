@@ -1,0 +1,117 @@
+"""Gymnasium's CarRacing with the same physics, rewards and pixels, drawn faster or not at all."""
+
+import functools
+import math
+
+import numpy as np
+import pygame
+from gymnasium.envs.box2d import car_racing as stock
+from pygame.surfarray import pixels2d
+from pygame.transform import smoothscale
+
+from fast.rasterizer import draw_polygons
+
+BAR = stock.WINDOW_H // 8  # rows of the window that the instruments cover
+FIELD = stock.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]], dtype=np.float64)
+GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in the order the stock class draws them
+    [[(x + 1, y), (x, y), (x, y + 1), (x + 1, y + 1)] for x in range(-20, 20, 2) for y in range(-20, 20, 2)],
+    dtype=np.float64,
+)
+
+
+class FastCarRacing(stock.CarRacing):
+    """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
+
+    The stock class transforms some 700 polygons a frame in Python, and pygame draws the visible 20 pixel by pixel; here
+    `rasterizer.py` does both. The picture is narrowed before it is flipped, since narrowing works row by row; surfaces
+    and score texts are kept.
+
+    Set `drawing = False` to leave frames undrawn: `step` then returns None as observation, and `draw()` makes up
+    for the last one.
+    """
+
+    drawing = True
+    _score = 0.0  # what the last frame shows; the stock class draws before it subtracts the step's 0.1
+    _scores = {}  # rendered score texts, shared by the environments of a process
+
+    def draw(self):
+        """Draw the last undrawn step as the stock class would have, uint8 (96, 96, 3)."""
+        reward, self.reward, drawing, self.drawing = self.reward, self._score, self.drawing, True
+        self.state = self._render("state_pixels")
+        self.reward, self.drawing = reward, drawing
+        return self.state
+
+    def render(self):
+        drawing, score, self.drawing = self.drawing, self._score, True
+        picture = super().render()
+        self.drawing, self._score = drawing, score
+        return picture
+
+    def _create_track(self):
+        if not super()._create_track():
+            return False
+        polygons, colors = zip(*self.road_poly)
+        self._polygons = np.concatenate([FIELD, GRASS_SQUARES, np.array(polygons, dtype=np.float64)])
+        grass = np.tile(self.grass_color, (len(GRASS_SQUARES), 1))
+        self._colors = np.concatenate([[self.bg_color], grass, colors]).astype(np.float64)
+        # a visited tile changes its colour in place: from now on in a row of this array
+        rows = self._colors[-len(colors) :]
+        views = dict(zip(map(id, colors), rows))
+        for tile in self.road:
+            tile.color = views[id(tile.color)]
+        self.road_poly = list(zip(polygons, rows))
+        return True
+
+    def _render(self, mode):
+        if mode == "state_pixels":
+            self._score = self.reward
+            if not self.drawing:
+                return None
+        if mode != "state_pixels" or "t" not in self.__dict__ or self._dials_overflow():
+            return super()._render(mode)
+        scene, instruments, narrow, upside_down, bar = self._surfaces
+        zoom = 0.1 * stock.SCALE * max(1 - self.t, 0) + stock.ZOOM * stock.SCALE * min(self.t, 1)
+        angle, (x, y) = -self.car.hull.angle, self.car.hull.position
+        scroll = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
+        translation = (stock.WINDOW_W / 2 + scroll[0], stock.WINDOW_H / 4 + scroll[1])
+        cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # the same rounding as the stock rotation
+
+        reach = math.hypot(stock.WINDOW_W / 2, 0.75 * stock.WINDOW_H) / zoom  # from the car to the farthest corner
+        inside = max(abs(x), abs(y)) + reach < stock.PLAYFIELD
+        background = scene.map_rgb([int(c) for c in self.bg_color]) if inside else 0
+        first = 1 if inside else 0  # the field, the first polygon, is then the background
+        world = self._polygons[first:], self._colors[first:]
+        draw_polygons(pixels2d(scene).T, background, *world, zoom, cos, sin, *translation)
+        self.car.draw(scene, zoom, translation, angle, draw_particles=False)
+        rows = stock.WINDOW_H - BAR
+        smoothscale(scene.subsurface((0, BAR, stock.WINDOW_W, rows)), upside_down.get_size(), upside_down)
+
+        self.surf = instruments
+        self._render_indicators(stock.WINDOW_W, stock.WINDOW_H)
+        text = self._score_text(f"{self.reward:04.0f}")
+        instruments.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
+        smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), bar.get_size(), bar)
+        np.copyto(pixels2d(narrow)[:, :rows], pixels2d(upside_down)[:, ::-1])
+        return self._create_image_array(narrow, (stock.STATE_W, stock.STATE_H))
+
+    @functools.cached_property
+    def _surfaces(self):
+        """The kept surfaces: fresh memory for each frame would cost more than drawing the car."""
+        masks = (0xFF0000, 0xFF00, 0xFF, 0)  # the rasteriser's, whatever format an open window has
+        scene = pygame.Surface((stock.WINDOW_W, stock.WINDOW_H), depth=32, masks=masks)
+        instruments = pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
+        narrow = pygame.Surface((stock.STATE_W, stock.WINDOW_H))
+        upside_down = pygame.Surface((stock.STATE_W, stock.WINDOW_H - BAR))
+        bar = narrow.subsurface((0, stock.WINDOW_H - BAR, stock.STATE_W, BAR))
+        return scene, instruments, narrow, upside_down, bar
+
+    def _dials_overflow(self):
+        """Whether a dial rises above the instrument bar, as with wheels that spin without grip."""
+        return self.car.hull.linearVelocity.length > 190 or any(wheel.omega > 390 for wheel in self.car.wheels)
+
+    def _score_text(self, score):
+        if score not in self._scores:
+            pygame.font.init()
+            font = pygame.font.Font(pygame.font.get_default_font(), 42)
+            self._scores[score] = font.render(score, True, (255, 255, 255), (0, 0, 0))
+        return self._scores[score]

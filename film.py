@@ -1,0 +1,128 @@
+"""A drive as pictures: the frame with question, answer, action and probabilities below it, as an mp4 or in a window.
+
+Reads and writes what it is told to; used by evaluate.py and ppo_git_with_prompt.py.
+"""
+
+import functools
+
+import imageio
+import numpy as np
+import pygame
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from car_racing_env import FPS, FRAME_SKIP, episode_end
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of
+from support.checks import BadInput
+from teacher import make_evaluation_env
+
+
+def drive(driver, track_seed, heat_map=False):
+    """Drive one track; yields for each decision a picture, uint8 (560, 600, 3), and the return after it.
+
+    The frame large; below it prompt, answer, action, probabilities, speed and return. Drivers without a model get the
+    frame, the action and the numbers.
+    """
+    env = make_evaluation_env(render_mode="rgb_array")
+    obs, info = env.reset(seed=track_seed)
+    total, end = 0.0, ""
+    while not end:
+        action = int(driver(obs[None], {"state": info["state"][None]})[0])
+        words, probabilities, frame = None, None, env.render()
+        if hasattr(driver, "model"):
+            words = driver.model.answer(obs[None])[0]
+            probabilities = driver.probabilities(obs[None])[0].tolist()
+            if heat_map:
+                frame = overlay(frame, attention(driver.model, obs[None])[0].cpu().numpy())
+        speed = env.unwrapped.car.hull.linearVelocity.length
+        picture = compose(frame, words, answer_of(action), probabilities, speed, total)
+        obs, reward, terminated, truncated, info = env.step(action)
+        total += reward
+        end = episode_end(terminated, truncated, info)
+        yield picture, total
+
+
+def record_video(driver, track_seed, path, heat_map=False):
+    """Film a driver on one track to an mp4 at the simulator's speed; returns the episode's return."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        with imageio.get_writer(
+            partial, fps=FPS / FRAME_SKIP, codec="libx264", quality=6, macro_block_size=None
+        ) as video:
+            for picture, total in drive(driver, track_seed, heat_map):  # noqa: B007
+                video.append_data(picture)
+        partial.replace(path)
+    except OSError as error:  # ffmpeg has ended
+        raise BadInput(f"cannot write {path} ({str(error).splitlines()[0]}): make room on the disk") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return total
+
+
+def check_display():
+    """Fail before the driving if `watch` will find no screen."""
+    try:
+        pygame.display.init()
+        screen = pygame.display.get_driver()
+    except pygame.error as error:
+        screen = str(error)
+    found = pygame.display.get_init() and screen != "offscreen"  # SDL's invisible one, where there is no other
+    pygame.display.quit()
+    if not found:
+        raise BadInput(f"WATCH = True in evaluate.py, but there is no display ({screen}): set it to False")
+
+
+def watch(driver, track_seed, heat_map=False):
+    """Show a driver on one track in a window, at the simulator's speed if the model is fast enough; closing it stops."""
+    pygame.display.init()
+    window = pygame.display.set_mode((600, 560))
+    pygame.display.set_caption(f"track {track_seed}")
+    clock = pygame.time.Clock()
+    try:
+        for picture, _ in drive(driver, track_seed, heat_map):
+            if any(event.type == pygame.QUIT for event in pygame.event.get()):
+                break
+            pygame.surfarray.blit_array(window, picture.swapaxes(0, 1))
+            pygame.display.flip()
+            clock.tick(FPS / FRAME_SKIP)
+    finally:
+        pygame.display.quit()
+
+
+@torch.no_grad()
+def attention(model, frames):
+    """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
+    rows = model.base(**model.inputs(frames), output_attentions=True).attentions[-1].mean(1)[:, -1]
+    vision = model.base.config.vision_config
+    n = vision.image_size // vision.patch_size
+    return rows[:, 1 : 1 + n * n].unflatten(1, (n, n))  # after the image's own [CLS]
+
+
+def overlay(frame, attention):
+    """A frame uint8 (H, W, 3) with an attention map (n, n) laid over it in red: the strongest patch is half red."""
+    heat = Image.fromarray(attention / attention.max()).resize(frame.shape[1::-1], Image.BILINEAR)
+    heat = 0.5 * np.asarray(heat)[..., None]
+    return (frame * (1 - heat) + heat * np.array([255, 40, 40])).astype(np.uint8)
+
+
+def compose(frame, answer, action, probabilities, speed, total):
+    """One video frame, uint8 (560, 600, 3): the rendered frame (400, 600, 3) above the panel."""
+    image = Image.new("RGB", (600, 560), (18, 22, 28))
+    image.paste(Image.fromarray(frame))
+    draw = ImageDraw.Draw(image)
+    text = functools.partial(draw.text, font=ImageFont.load_default(15))
+    grey, white, green, orange = (150, 158, 168), (240, 242, 245), (120, 220, 140), (255, 190, 90)
+    text((12, 408), PROMPT, fill=grey)
+    if answer is not None:
+        draw.text((12, 430), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
+    differs = answer is not None and ANSWERS.get(answer) != ANSWERS[action]
+    text((12, 478), f"action   {action}", fill=orange if differs else white)
+    text((12, 502), f"speed    {speed:.0f}", fill=grey)
+    text((12, 526), f"return   {total:.0f}", fill=grey)
+    for i, name in enumerate(ANSWERS if probabilities else ()):
+        y = 434 + 120 // len(ANSWERS) * i
+        text((300, y), name, fill=white if name == action else grey)
+        draw.rectangle((395, y + 4, 395 + 150, y + 14), fill=(45, 50, 58))
+        draw.rectangle((395, y + 4, 395 + 150 * probabilities[i], y + 14), fill=green if name == action else grey)
+        text((553, y), f"{probabilities[i]:.2f}", fill=grey)
+    return np.asarray(image)

@@ -1,0 +1,105 @@
+"""GIT bases and LoRA adapters from their folders. Nothing in them is executed, and none is used half loaded."""
+
+import hashlib
+import json
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from support.checks import BadInput, check_same, read_json, read_weights
+from support.run_files import ROOT, file_hash
+
+TASK_FILE = "task.json"  # beside an adapter: what it was trained for
+
+
+def fingerprint(git):
+    """A short hash of a base model's weights, stored with an adapter so that it is not put on another base.
+
+    The tensors' names and order, which differ between versions of transformers, do not enter.
+    """
+    digests = (hashlib.sha256(p.detach().float().cpu().numpy().tobytes()).digest() for p in git.parameters())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def picture_size(image_processor):
+    """Height and width of the pictures that an image processor makes."""
+    size = image_processor.size
+    return (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+
+
+def load_base(base_model):
+    """A GIT base and its processor, from a folder relative to the repository, any folder or the Hub's name of it.
+
+    Weights come from safetensors only, all of them, and no code from the folder; BadInput otherwise.
+    """
+    source = ROOT / base_model if (ROOT / base_model).exists() else base_model
+    safely = {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        git, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **safely
+        )
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        if git.config.model_type != "git":
+            raise ValueError(f"it is of type {git.config.model_type}")
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        size, expected = picture_size(processor.image_processor), git.config.vision_config.image_size
+        if size != (expected, expected):
+            raise ValueError(f"its processor makes pictures of {size[0]} x {size[1]}, the model wants {expected}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(
+            f"{base_model!r} is no adapter, no folder with a GIT model and no GIT model of the Hub "
+            f"({str(error).splitlines()[0]}): use 'offline/git-tiny' or another GIT, or run train_git_lora_carllava_style.py"
+        ) from None
+    git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
+    return git, processor
+
+
+def load_with_adapter(adapter, task):
+    """The base that an adapter folder names with the adapter merged into it, the processor, and the base's name.
+
+    BadInput if the adapter was not trained for `task`, or not on that base.
+    """
+    facts = read_json(adapter / TASK_FILE)
+    check_same(
+        f"{adapter}/", facts, task, "put it back, or rerun collect_captions.py and train_git_lora_carllava_style.py"
+    )
+    remedy = "restore that base, or rerun train_git_lora_carllava_style.py"
+    git, processor = load_base(facts.get("base_model", ""))
+    check_same(f"{adapter}/", facts, {"base_fingerprint": fingerprint(git)}, remedy)
+    weights = read_weights(adapter / "adapter_model.safetensors")  # PEFT would look for a pickle instead
+    try:
+        git = PeftModel.from_pretrained(git, adapter)
+        wrong = weights.keys() ^ get_peft_model_state_dict(git, save_embedding_layers=False).keys()
+        if wrong:
+            raise ValueError(f"{min(wrong)} is in one of adapter_config.json and adapter_model.safetensors only")
+    except Exception as error:  # of many kinds, after what is damaged
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise BadInput(
+            f"{adapter}/adapter_config.json is damaged or does not fit ({reason}): rerun train_git_lora_carllava_style.py"
+        ) from None
+    return git.merge_and_unload(), processor, facts["base_model"]
+
+
+def load_git(name, task):
+    """A base, or the base that an adapter folder names with the adapter merged, its processor, and where they come from."""
+    adapter = ROOT / name
+    if (adapter / TASK_FILE).exists():
+        git, processor, base_model = load_with_adapter(adapter, task)
+        source = {"base_model": base_model, "adapter": name}
+        return git, processor, source | {"adapter_hash": file_hash(adapter / "adapter_model.safetensors")}
+    return *load_base(name), {"base_model": name, "adapter": "", "adapter_hash": ""}
+
+
+def last_complete_checkpoint(folder):
+    """The newest of the Trainer's checkpoints whose trainer_state.json, which is written last, parses; None without one."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in checkpoints:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return str(checkpoint)
+        except (OSError, json.JSONDecodeError):
+            print(f"{checkpoint.name} is not complete: the one before is used")
+    return None

@@ -1,0 +1,80 @@
+"""How a script ends: one clear line for what its user can fix.
+
+Every script's `main` runs inside `run`; whatever is wrong with its input is raised as `BadInput` where it is noticed.
+"""
+
+import errno
+import json
+import os
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+CANNOT_WRITE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
+}  # fmt: skip
+
+
+class BadInput(ValueError):
+    """Something the user can fix: the message names the file or constant and the remedy."""
+
+
+def run(main):
+    """Run a script's `main`; what its user can fix ends it with one line instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that has no "±" prints "?"
+    try:
+        main()
+        sys.stdout.flush()
+    except BadInput as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "stopped by Ctrl-C; what was written before is kept, and stages 2 and 3 continue with RESUME = True"
+        ) from None
+    except BrokenPipeError:  # the reader of our output, as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it recurs"
+        ) from None
+    except (OSError, SafetensorError) as error:  # the latter is about writing: `read_weights` catches it
+        if getattr(error, "errno", errno.ENOSPC) not in CANNOT_WRITE:
+            raise
+        raise SystemExit(
+            f"error: cannot write ({error}): make room on the disk (or in /dev/shm, where processes share memory), or "
+            "name another folder; what was written before is kept"
+        ) from None
+
+
+def check_same(artifact, saved, ours, remedy):
+    """Raise BadInput naming the first of the facts `ours` with which `artifact` was not made.
+
+    `saved` and `ours` are dicts; `artifact` names the file or folder that `saved` was read from.
+    """
+    for name, value in ours.items():
+        if saved.get(name) != value:
+            raise BadInput(f"{artifact} was made with {name} = {saved.get(name)!r}, now it is {value!r}: {remedy}")
+
+
+def read_json(path, remedy="restore it, or run the script that writes it again"):
+    """A json file's object; BadInput names the file if it is missing or damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"cannot read {path} ({error}): {remedy}") from None
+
+
+def read_weights(path):
+    """A safetensors file's tensors by name; BadInput names the file if it is missing, damaged or not finite."""
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read {path} ({error}): restore it, or run the script that writes it again") from None
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise BadInput(f"{path} holds numbers that are not finite: restore it, or run the script that writes it again")
+    return weights

@@ -1,0 +1,142 @@
+"""Processes that work for a script: jobs spread over them, simulators in them, and that none is left behind."""
+
+import contextlib
+import datetime
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+
+import gymnasium as gym
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from support.checks import BadInput
+
+
+def end_with_parent(parent):
+    """Let this process end when its parent, given by its process id, is gone: a killed one cannot tell its workers."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker():
+    """What every worker process does first. A terminal sends Ctrl-C to all processes; the parent decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(
+        multiprocessing.parent_process().pid
+    )  # it may be gone already: a spawned worker imports for seconds
+
+
+def run_jobs(function, jobs, num_workers, initializer=start_worker):
+    """Yield `function(job)` of each job in order, from spawned processes that work 2 * `num_workers` jobs ahead.
+
+    Closing the generator ends the processes. A process that dies raises BrokenProcessPool. `initializer` calls
+    `start_worker` if it does more.
+    """
+    jobs = iter(jobs)
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer) as pool:
+        try:
+            ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
+        finally:
+            for process in (pool._processes or {}).values():  # from Python 3.14 on: pool.terminate_workers()
+                process.terminate()
+
+
+def make_in_worker(make_env, parent):
+    """An environment in its worker process. `AsyncVectorEnv` makes one in the `parent` too, for its spaces."""
+    if os.getpid() != parent:
+        start_worker()
+    return make_env()
+
+
+@contextlib.contextmanager
+def one_line_if_lost():
+    """Turn the loss of a simulator's process into BadInput."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise BadInput(
+            "a simulator's process ended (killed, or out of memory?): start again, with a lower NUM_ENVS if it recurs; a PPO "
+            "run continues with RESUME = True"
+        ) from None
+
+
+class Simulators(gym.vector.AsyncVectorEnv):
+    """Gymnasium's `AsyncVectorEnv`; the loss of a process is one line, and closing leaves none.
+
+    `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED".
+    """
+
+    def __init__(self, env_fns, autoreset):
+        super().__init__(
+            [functools.partial(make_in_worker, make, os.getpid()) for make in env_fns],
+            autoreset_mode=gym.vector.AutoresetMode[autoreset],
+        )
+
+    def reset(self, *, seed=None, options=None):
+        with one_line_if_lost():
+            return super().reset(seed=seed, options=options)
+
+    def step_async(self, actions):
+        with one_line_if_lost():
+            super().step_async(actions)
+
+    def step_wait(self, timeout=None):
+        with one_line_if_lost():
+            return super().step_wait(timeout)
+
+    def close_extras(self, timeout=None, terminate=False):
+        # the workers have nothing to save, and SDL, which a live window opens, makes them deaf to a milder signal
+        for worker in self.processes:
+            worker.kill()
+            worker.join()
+
+
+# several training processes, started by torchrun
+
+
+def join_torchrun():
+    """This process's rank and the number of processes, (0, 1) without torchrun; a killed torchrun leaves none of them."""
+    if "RANK" in os.environ:
+        end_with_parent(os.getppid())
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_accelerator(device):
+    """Accelerate's view of the training processes on `device`'s kind; the others wait for hours while one evaluates."""
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+
+
+def average_gradients(parameters, accelerator):
+    """Replace each gradient by its mean over the processes, all in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def rng_state(device):
+    """The generators that actions, dropout masks and minibatches are drawn from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,296 @@
+"""What a run leaves behind: files that appear whole, CSV logs that a resumed run continues, and `run.json`."""
+
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.checks import BadInput, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGAN = "%Y-%m-%d %H:%M:%S"
+PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy", "numba", "pygame-ce")
+
+
+def write_file(path, content):
+    """Write bytes so that the file appears whole or not at all."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, facts):
+    """Write a json file, and the folder it lies in."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def file_hash(path):
+    """A short hash of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# folders
+
+
+def check_writable(folder):
+    """Make a folder and fail as writing its files would, before the work that fills it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
+def check_own(folder, script, *others):
+    """Raise BadInput if `folder` holds anything that `script` did not make, or one of `others`; run.json names who made it.
+
+    Only such folders may be replaced or cleared. Returns the folder, a link's target.
+    """
+    folder = folder.resolve()
+    if any(other.resolve().is_relative_to(folder) for other in others):
+        raise BadInput(f"{folder}/ is replaced as a whole: put no other output there")
+    if folder.exists() and any(folder.iterdir()):
+        made_by = read_json(folder / "run.json").get("script") if (folder / "run.json").exists() else None
+        if made_by != script:
+            raise BadInput(f"{folder}/ holds files that {script} did not make and would replace: name another folder")
+    return folder
+
+
+def clear(folder, script, *others):
+    """Empty a folder that `script` made and that holds none of `others`, or make it."""
+    shutil.rmtree(check_own(folder, script, *others), ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def replace_folder(partial, folder):
+    """Put a finished folder in the place of another one, which is only removed when the new one is there."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def lock(folder):
+    """Hold a folder as long as the returned file is open; a killed process lets go by itself."""
+    file = (check_writable(folder) / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another run is writing {folder}/: wait for it, or set RESULTS_DIR to another folder") from None
+    return file
+
+
+# logs
+
+
+class Log:
+    """A CSV file that grows by one flushed row at a time.
+
+    `keep_until` continues an earlier run's file: its rows whose `key`, the count of updates or epochs, is larger are dropped.
+    """
+
+    def __init__(self, path, *, key="update", keep_until=None):
+        rows = read_log(path) if keep_until is not None else []
+        kept = [row for row in rows if int(row[key]) <= keep_until]
+        self.path, self.fields = path, list(kept[0]) if kept else None
+        text = io.StringIO()
+        if kept:
+            writer = csv.DictWriter(text, self.fields)
+            writer.writeheader()
+            writer.writerows(kept)
+            write_file(path, text.getvalue().encode())
+        else:
+            path.unlink(missing_ok=True)
+
+    def write(self, row):
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields or list(row))
+            if self.fields is None:
+                self.fields = list(row)
+                writer.writeheader()
+            writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()})
+
+
+def read_log(path):
+    """The whole rows of a CSV log as dicts of strings; [] if it is not there."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values()]  # a full disk cuts the last row short
+
+
+class RunLogs:
+    """What a PPO run writes while it trains: three CSV logs, run.json and, if TensorBoard is installed, its scalars.
+
+    `state`, of a run that continues, says after which update; without one the files of an earlier run in `folder` go. A
+    context manager: it holds the folder, so that no other run writes there, and brings run.json up to date when it ends.
+    """
+
+    def __init__(self, folder, run, state=None):
+        self.folder, self.run, self.lock = folder, run, lock(folder)
+        for partial in folder.glob("*.partial*"):  # of a run that was killed
+            if partial.is_file():
+                partial.unlink()
+        if not state:
+            (folder / "state.pt").unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        last_update = state["update"] if state else None
+        names = ("reward", "update", "eval")
+        self.rewards, self.updates, self.evaluations = (
+            Log(folder / f"{name}_log.csv", keep_until=last_update) for name in names
+        )
+        frames = [int(row["env_frames"]) for row in read_log(self.updates.path)]
+        self.writer = tensorboard(folder / "tensorboard", max(frames, default=0))
+        write_run(folder, run)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        write_run(self.folder, self.run)
+        if self.writer:
+            self.writer.close()
+        self.lock.close()
+
+    def episode(self, row):
+        """A finished episode."""
+        self.rewards.write(row)
+        self._scalars({"charts/episodic_return": row["return"], "charts/episodic_length": row["length"]}, row)
+
+    def update(self, row):
+        """A finished update."""
+        self.updates.write(row)
+        self._scalars({f"losses/{name}": x for name, x in row.items() if name not in ("update", "env_frames")}, row)
+
+    def evaluation(self, row):
+        """An evaluation on the validation tracks."""
+        self.evaluations.write(row)
+        tqdm.write("update {update}, {driver}: {mean:.1f} ± {std:.1f} on the validation tracks".format(**row))
+        self._scalars({f"eval/{row['driver']}_return": row["mean"]}, row)
+
+    def _scalars(self, scalars, row):
+        for name, x in scalars.items() if self.writer else ():
+            self.writer.add_scalar(name, x, row["env_frames"])
+
+
+def tensorboard(folder, last_frame):
+    """TensorBoard's writer, or None where it is not installed; what an earlier start wrote after `last_frame` is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=last_frame + 1)
+
+
+# the state of a training run
+
+
+def save_state(path, state):
+    """Replace the resumable state at once, so that a kill at any moment leaves a whole one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_state(path):
+    """What `save_state` wrote; BadInput if it is missing or damaged. Nothing in it is executed."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise BadInput(f"cannot read {path} ({reason}): restore it, or set RESUME to False to start anew") from None
+
+
+# run.json
+
+
+def run_facts():
+    """Git commit ("unknown" without git, with "+" if the tree has changes), library versions and machine."""
+
+    def git(*args):
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        commit = ""
+    return {
+        "git_commit": commit or "unknown",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+    }
+
+
+def constants_of(*namespaces):
+    """The UPPER_CASE constants of modules, given as `vars(module)`, as json holds them: {file name: {name: value}}."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return dataclasses.asdict(value)
+        return str(value) if isinstance(value, range) else list(value) if isinstance(value, tuple) else value
+
+    return {
+        Path(namespace["__file__"]).name: {
+            name: plain(value)
+            for name, value in namespace.items()
+            if name.isupper() and isinstance(plain(value), (int, float, str, list, dict))
+        }
+        for namespace in namespaces
+    }
+
+
+def describe_run(*namespaces, **facts):
+    """What `run.json` says of a run: script, constants of the modules that it uses, `facts`, commit, versions, machine.
+
+    `namespaces` are the `globals()` of the script and `vars()` of the modules; `facts` are its inputs, such as the hash of
+    the adapter that it starts from.
+    """
+    script = Path(namespaces[0]["__file__"]).name
+    run = {"script": script, "constants": constants_of(*namespaces), "inputs": facts, **run_facts()}
+    return run | {"began": time.strftime(BEGAN), "seconds": 0.0}
+
+
+def continue_run(folder, run, may_change):
+    """The description `run` of a resumed run with that of the run it continues, in `folder`, as its history.
+
+    The constants that `may_change` may differ, each change is kept there; anything else that differs is BadInput.
+    """
+    saved = read_json(Path(folder) / "run.json", "set RESUME to False to start anew")
+
+    def settings(run):
+        return {name: x for constants in run.get("constants", {}).values() for name, x in constants.items()}
+
+    before, now = (settings(x) | x.get("inputs", {}) for x in (saved, run))
+    changed = {name: before.get(name) for name in before | now if before.get(name) != now.get(name)}
+    for name in changed.keys() - may_change:
+        raise BadInput(
+            f"{folder}/ is of a run with {name} = {before.get(name)!r}, now {now.get(name)!r}: put it back, or set RESUME to "
+            "False to start anew"
+        )
+    earlier = {"git_commit": saved["git_commit"], "seconds": saved["seconds"], "changed_afterwards": changed}
+    return run | {"seconds": saved["seconds"], "history": [*saved.get("history", []), earlier]}
+
+
+def write_run(folder, run):
+    """Write `run.json` with the seconds until now, those of the runs that it continues included."""
+    seconds = time.time() - time.mktime(time.strptime(run["began"], BEGAN))
+    write_json(Path(folder) / "run.json", run | {"seconds": round(run["seconds"] + seconds)})
