@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from car_racing_env import FRAME_SKIP
 from fast import git_forward
+from fast.lora import multiply_once
 from support import cards
 from support.checkpoints import load_git, picture_size
 from support.checks import BadInput, check_same, read_json, read_weights
@@ -209,7 +210,7 @@ class GitText2ActionWithPrompt(nn.Module):
     def add_lora(self, rank, alpha):
         """Put a fresh, trainable LoRA on the (merged) backbone, for the features; the answers stay those without it."""
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"({BACKBONE_LAYERS})")
-        self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
+        self.git, self.has_lora = multiply_once(get_peft_model(self.git, config)).eval(), True
         self.source = self.source | {"lora_rank": rank, "lora_alpha": alpha}
 
     @property

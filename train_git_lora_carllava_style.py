@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
+from fast.lora import multiply_once
 from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt
 from support import cards, checkpoints, checks, plots, processes, run_files
 from support.run_files import ROOT
@@ -252,7 +253,7 @@ def main():
         run_files.clear(checkpoint_dir, script, results, output)
         run_files.write_run(checkpoint_dir, run)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=LORA_TARGETS)
-    git = get_peft_model(git, lora)
+    git = multiply_once(get_peft_model(git, lora))
     if rank == 0:
         trainable, total = git.get_nb_trainable_parameters()
         print(

@@ -19,6 +19,7 @@ import evaluate
 import GitText2ActionWithPrompt as model_file
 import train_git_lora_carllava_style as stage2
 from benchmarks import compare
+from fast.lora import multiply_once
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from support import checkpoints, checks
 from support.run_files import ROOT
@@ -129,7 +130,8 @@ def make_trainer(captions, ours):
         disable_tqdm=True,
     )
     data, collator = (captions, stage2.Collator(processor)) if ours else (PerSample(captions, processor), None)
-    return Trainer(get_peft_model(git, config), arguments, data_collator=collator, train_dataset=data)
+    git = get_peft_model(git, config)
+    return Trainer(multiply_once(git) if ours else git, arguments, data_collator=collator, train_dataset=data)
 
 
 def compare_lora_epoch():

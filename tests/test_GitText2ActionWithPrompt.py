@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fast import git_forward
+from fast.lora import multiply_once
 from GitText2ActionWithPrompt import LORA_TARGETS, PROMPT, GitText2ActionWithPrompt, preprocess, prompt_ids, resize
 
 ONEDNN = pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here"))
@@ -74,6 +75,19 @@ def test_gradients_are_hugging_faces(lora, random_model, frames):
     assert len(ours) > 30
     for name, mine, expected in zip(trained, ours, theirs):
         assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_lora_multiplied_once_is_pefts(toy_model, frames):
+    """The same loss and gradients."""
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=LORA_TARGETS, init_lora_weights=False)
+    git, results = get_peft_model(toy_model.git, lora), []
+    trained = [p for p in git.parameters() if p.requires_grad]
+    for _ in range(2):
+        logits = git(**inputs(toy_model, frames) | {"input_ids": TOKENS}).logits[:, -7:]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        results.append([loss, *torch.autograd.grad(loss, trained)])
+        multiply_once(git)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*results)) and len(trained) > 30
 
 
 @torch.no_grad()
