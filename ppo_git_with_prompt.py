@@ -3,7 +3,7 @@
 Reads the adapter of stage 2 (which names its base). Writes results/: reward_log.csv (a row per episode), update_log.csv,
 eval_log.csv, graphs, videos, policy/ (the best on the validation tracks), state.pt (to resume), run.json, tensorboard/.
 
-    python ppo_git_with_prompt.py      # 8 to 20 minutes on two CPU cores; expect a best of 905 to 922
+    python ppo_git_with_prompt.py      # 8 to 30 minutes on two CPU cores; expect a best of 905 to 922
 
 What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
 epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are

@@ -3,7 +3,7 @@
 Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_caption_model_carllava/ (PEFT adapter,
 processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png.
 
-    python train_git_lora_carllava_style.py      # 10 to 25 minutes on two CPU cores
+    python train_git_lora_carllava_style.py      # 10 to 30 minutes on two CPU cores
 
 Expect an average loss of 0.46 falling to 0.05 and 93 to 95 % exact answers on the validation tracks. Only the answer's
 tokens are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding.

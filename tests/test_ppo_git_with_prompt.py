@@ -135,6 +135,9 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
         assert np.array_equal(following[n], frame)
     assert sorted(episodes, key=str) == sorted(ended, key=str) and len(ended) == 2 + 3
     assert data["dropout"].unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
+    assert (data["dropout"] == 0).float().mean() == pytest.approx(
+        0.1, abs=5 * (0.1 * 0.9 / data["dropout"].numel()) ** 0.5
+    )
 
 
 @torch.no_grad()
