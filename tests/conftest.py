@@ -80,7 +80,7 @@ def run_pipeline(root, toy_base):
     )
     data, adapter, results = str(made.data), str(made.adapter), str(made.results)
     before = dict(sys.modules)
-    edit("car_racing_env", MAX_FRAMES=200)  # short evaluations and films
+    edit("car_racing_env", MAX_FRAMES=120)  # short evaluations and films
     for name in ("teacher", "film"):
         edit(name)
     made.evaluate = edit("evaluate")

@@ -103,7 +103,7 @@ def test_bad_input_is_named_and_changes_nothing(name, constant, file, spoil, nam
         EVALUATE: dict(POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=1),
     }  # fmt: skip
     good[RESUME] = good[PPO] | dict(RESUME=True, NUM_STEPS=120, MINIBATCH_SIZE=60, EVAL_TRACKS=range(100_000, 100_001))
-    script("car_racing_env", MAX_FRAMES=200)  # as in the pipeline
+    script("car_racing_env", MAX_FRAMES=120)  # as in the pipeline
     spoil(root / file)
     before, history = files(root), {"results/run.json": "may tell of the attempt"}
     with pytest.raises(BadInput, match=named) as caught:
