@@ -34,19 +34,17 @@ def end_with_parent(parent):
 def start_worker():
     """What every worker process does first. A terminal sends Ctrl-C to all processes; the parent decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent(
-        multiprocessing.parent_process().pid
-    )  # it may be gone already: a spawned worker imports for seconds
+    # not os.getppid(): the parent may be gone already, as a spawned worker imports for seconds
+    end_with_parent(multiprocessing.parent_process().pid)
 
 
-def run_jobs(function, jobs, num_workers, initializer=start_worker):
+def run_jobs(function, jobs, num_workers):
     """Yield `function(job)` of each job in order, from spawned processes that work 2 * `num_workers` jobs ahead.
 
-    Closing the generator ends the processes. A process that dies raises BrokenProcessPool. `initializer` calls
-    `start_worker` if it does more.
+    Closing the generator ends the processes. A process that dies raises BrokenProcessPool.
     """
     jobs = iter(jobs)
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer) as pool:
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
             while ahead:
