@@ -11,8 +11,6 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d import car_racing as stock
 
-from fast.car_racing import FastCarRacing
-
 ENV_ID = "CarRacing-v3"
 FPS = stock.FPS
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
@@ -175,6 +173,8 @@ def make_env(frame_skip=FRAME_SKIP, draw=True, **kwargs):
 
     Keyword arguments go to `CarRacing`. With `draw=False` observations are None: for drivers that see the state.
     """
+    from fast.car_racing import FastCarRacing  # here: who only asks the model loads no rasteriser and its compiler
+
     env = FastCarRacing(continuous=False, **kwargs)
     return FrameSkip(gym.wrappers.TimeLimit(env, MAX_FRAMES), frame_skip, draw)
 

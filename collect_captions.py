@@ -8,7 +8,6 @@ validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact 
 Then: python train_git_lora_carllava_style.py
 """
 
-import contextlib
 import functools
 import json
 import shutil
@@ -84,7 +83,7 @@ def collect_episode(track_seed, policy, answer_by, keep, burst_start, burst_long
     return frames, rows
 
 
-def collect_split(folder, tracks, num_frames):
+def collect_split(run_jobs, folder, tracks, num_frames):
     """Fill one split's folder with `num_frames` frames and its metadata.jsonl; returns the rows and the number of stuck episodes."""
     folder.mkdir(parents=True)
     rows, stuck = [], 0
@@ -92,11 +91,8 @@ def collect_split(folder, tracks, num_frames):
         collect_episode, policy=POLICY, answer_by=ANSWER_BY, keep=KEEP, burst_start=BURST_START,
         burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT,
     )  # fmt: skip
-    with (
-        contextlib.closing(processes.run_jobs(collect, tracks, NUM_WORKERS)) as episodes,
-        tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar,
-    ):
-        for frames, new_rows in episodes:
+    with tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar:
+        for frames, new_rows in run_jobs(collect, tracks):
             stuck += not frames
             for frame, row in list(zip(frames, new_rows))[: num_frames - len(rows)]:
                 Image.fromarray(frame).save(folder / row["file_name"])
@@ -153,10 +149,11 @@ def main():
           f"sample comes back with: git checkout {OUTPUT_DIR}), 1 to 3 minutes for 42,000 on two CPU cores")  # fmt: skip
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    splits = {  # validation first: it is short, and a mistake shows early
-        "validation": collect_split(partial / "validation", VALIDATION_TRACKS, VALIDATION_FRAMES),
-        "train": collect_split(partial / "train", range(TRAIN_TRACKS), TRAIN_FRAMES),
-    }
+    with processes.workers(NUM_WORKERS) as run_jobs:
+        splits = {  # validation first: it is short, and a mistake shows early
+            "validation": collect_split(run_jobs, partial / "validation", VALIDATION_TRACKS, VALIDATION_FRAMES),
+            "train": collect_split(run_jobs, partial / "train", range(TRAIN_TRACKS), TRAIN_FRAMES),
+        }
     counts = {split: Counter(row["text"] for row in rows) for split, (rows, _) in splits.items()}
     contact_sheet(splits["train"][0], partial / "train", partial / "contact_sheet.png")
     facts = {

@@ -7,7 +7,6 @@ about the scene ("How does the road bend?", "How fast is the car?"), answered fr
     python -m offline.make_git_tiny      # some 25 minutes on two CPU cores; the shipped one: git checkout offline/git-tiny
 """
 
-import contextlib
 import functools
 import json
 import shutil
@@ -136,10 +135,10 @@ def collect(tracks, num_frames):
         drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT
     )
     with (
-        contextlib.closing(processes.run_jobs(job, tracks, NUM_WORKERS)) as episodes,
+        processes.workers(NUM_WORKERS) as run_jobs,
         tqdm(total=num_frames, unit="frame", mininterval=5) as bar,
     ):
-        for new_frames, new_answers in episodes:
+        for new_frames, new_answers in run_jobs(job, tracks):
             frames.append(new_frames)
             answers.extend(new_answers)
             bar.update(len(new_answers))

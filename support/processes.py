@@ -38,18 +38,27 @@ def start_worker():
     end_with_parent(multiprocessing.parent_process().pid)
 
 
-def run_jobs(function, jobs, num_workers):
-    """Yield `function(job)` of each job in order, from spawned processes that work 2 * `num_workers` jobs ahead.
+@contextlib.contextmanager
+def workers(num_workers):
+    """Spawned processes, as a function `run_jobs(function, jobs)` that yields `function(job)` of each job in order.
 
-    Closing the generator ends the processes. A process that dies raises BrokenProcessPool.
+    They work 2 * `num_workers` jobs ahead. Leaving the context ends them; one that dies raises BrokenProcessPool.
     """
-    jobs = iter(jobs)
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+
+    def run_jobs(function, jobs):
+        jobs = iter(jobs)
+        ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
         try:
-            ahead = deque(pool.submit(function, job) for job in itertools.islice(jobs, 2 * num_workers))
             while ahead:
                 yield ahead.popleft().result()
                 ahead.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            yield run_jobs
         finally:
             for process in (pool._processes or {}).values():  # from Python 3.14 on: pool.terminate_workers()
                 process.terminate()

@@ -28,14 +28,13 @@ ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 
 
 def test_jobs_come_back_in_order_and_closing_ends_the_workers():
-    assert [*processes.run_jobs(math.sqrt, iter(range(9)), 2)] == [math.sqrt(number) for number in range(9)]
-    jobs = processes.run_jobs(time.sleep, itertools.chain([0], itertools.repeat(600)), 2)
-    next(jobs)
-    workers = multiprocessing.active_children()
-    jobs.close()
+    with processes.workers(2) as run_jobs:
+        assert [*run_jobs(math.sqrt, iter(range(9)))] == [math.sqrt(number) for number in range(9)]
+        next(run_jobs(time.sleep, itertools.chain([0], itertools.repeat(600))))
+        workers = multiprocessing.active_children()
     assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
-    with pytest.raises(BrokenProcessPool):  # a worker that dies is not waited for
-        next(processes.run_jobs(os._exit, iter([1]), 1))
+    with processes.workers(1) as run_jobs, pytest.raises(BrokenProcessPool):  # one that dies is not waited for
+        next(run_jobs(os._exit, iter([1])))
 
 
 def test_a_lost_simulator_is_bad_input_and_closing_ends_the_others():
