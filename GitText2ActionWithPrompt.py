@@ -2,6 +2,7 @@
 
 Reads a GIT base and (optionally) a LoRA adapter and a policy folder; writes a policy folder. Shared by every script.
 
+The prompt is the question, or an instruction and the question: "Keep left. What should the vehicle do in this scenario?"
 From one pass over image and prompt come `features`, the hidden state of the prompt's last token, and `answer_log_probs`,
 how likely the model finds each of the five answers. The policy is
 
@@ -10,6 +11,7 @@ how likely the model finds each of the five answers. The policy is
 The heads' last layers start at zero, so the untrained policy is the language model's own answer.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -19,10 +21,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from car_racing_env import FRAME_SKIP
 from fast import git_forward
-from fast.lora import multiply_once
 from support import cards
 from support.checkpoints import load_git, picture_size
 from support.checks import BadInput, check_same, read_json, read_weights
@@ -36,7 +38,7 @@ LANGUAGE_PRIOR = 1.0  # weight of the answers' log-probabilities in the action l
 PRIOR_FLOOR = 0.02  # share of the prior spread over all answers, so that every action stays explorable
 HEAD_SIZE = 256  # the head's expanded hidden layer
 DROPOUT = 0.1  # in the head, while training only
-MAX_ANSWER_TOKENS = 6
+MAX_ANSWER_TOKENS = 16  # of a sentence about the scene; the answers have at most two
 DEVICE = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one; on CUDA the backbone runs in bfloat16
 
 HEAD_FACTS = ("language_prior", "prior_floor", "head_size")  # what a saved policy says of its head
@@ -84,7 +86,7 @@ def resize(frames, image_processor):
 def preprocess(frames, image_processor):
     """What the processor makes of frames uint8 (B, H, W, 3), in one batched step: float32 (B, 3, S, S), normalised.
 
-    Equal to the processor itself where no resizing is needed. Fine-tuning takes it; driving has it in the weights.
+    Equal to the processor itself where no resizing is needed. For Hugging Face's own forward; ours has it in the weights.
     """
     pixels = resize(frames, image_processor).contiguous()
     mean, std = (
@@ -94,9 +96,11 @@ def preprocess(frames, image_processor):
     return (pixels * image_processor.rescale_factor - mean) / std
 
 
-def prompt_ids(tokenizer, prompt=PROMPT):
-    """Token ids of [CLS] and the prompt, no [SEP]: the answer follows directly."""
-    return [tokenizer.cls_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+@functools.lru_cache(10_000)
+def prompt_ids(tokenizer, instruction="", question=PROMPT):
+    """Token ids of [CLS], instruction and question, no [SEP]: the answer follows directly."""
+    text = f"{instruction} {question}".strip()
+    return [tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
 
 
 def answer_ids(tokenizer, answers=tuple(ANSWERS)):
@@ -148,7 +152,8 @@ class GitText2ActionWithPrompt(nn.Module):
         self.git, self.processor, self.source, self.has_lora = git, processor, source, False
         self.language_prior, self.prior_floor, self.head_size = language_prior, prior_floor, head_size
         self.dropout, self.feature_size = dropout, git.config.hidden_size
-        self.prompt, self.answers = prompt_ids(processor.tokenizer), answer_ids(processor.tokenizer)  # as token ids
+        self.pad = processor.tokenizer.pad_token_id
+        self.question, self.answers = PROMPT, answer_ids(processor.tokenizer)  # the answers as token ids
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
         self.policy_head, self.value_head = (
             nn.Sequential(nn.Linear(self.feature_size, head_size), nn.Tanh(), nn.Linear(head_size, outputs))
@@ -210,7 +215,7 @@ class GitText2ActionWithPrompt(nn.Module):
     def add_lora(self, rank, alpha):
         """Put a fresh, trainable LoRA on the (merged) backbone, for the features; the answers stay those without it."""
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"({BACKBONE_LAYERS})")
-        self.git, self.has_lora = multiply_once(get_peft_model(self.git, config)).eval(), True
+        self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
         self.source = self.source | {"lora_rank": rank, "lora_alpha": alpha}
 
     @property
@@ -225,55 +230,96 @@ class GitText2ActionWithPrompt(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    @torch.no_grad()
-    def read(self, frames, tokens, last=1):
-        """One pass over the image and the text `tokens`, a list of ids: the `last` states, float32 (B, last, hidden)."""
-        with self.autocast():
-            return git_forward.read(self.weights, self.pixels(frames), tokens, last)[0]
+    def prompts(self, instructions, count):
+        """Instruction and question as padded token ids int64 (count, T), and how many of them count, int64 (count,).
+
+        `instructions` is one for all frames, or a list with one for each; "" is the question alone.
+        """
+        if isinstance(instructions, torch.Tensor):
+            tokens = instructions  # as this method returned them
+        else:
+            each = [instructions] * count if isinstance(instructions, str) else instructions
+            tokenizer, question = self.processor.tokenizer, self.question
+            ids = [torch.tensor(prompt_ids(tokenizer, instruction, question)) for instruction in each]
+            tokens = pad_sequence(ids, batch_first=True, padding_value=self.pad).to(self.device)
+        lengths = (tokens != self.pad).sum(1)
+        self.check_length(lengths.max())
+        return tokens[:, : lengths.max()], lengths
+
+    @property
+    def prompt(self):
+        """Token ids of the plain question, [CLS] before it."""
+        return prompt_ids(self.processor.tokenizer, "", self.question)
+
+    @property
+    def longest_prompt(self):
+        """Tokens of the longest prompt that leaves room for an answer."""
+        return len(self.weights.text_positions) - max(map(len, self.answers)) - 1
+
+    def check_length(self, length):
+        """BadInput if a prompt has more tokens than the model takes."""
+        if length > self.longest_prompt:
+            raise BadInput(
+                f"a prompt of {length} tokens: this model takes {self.longest_prompt}; say it in fewer words"
+            )
 
     def pixels(self, frames):
         return resize(torch.as_tensor(frames).to(self.device), self.processor.image_processor)
 
-    def encode(self, frames):
+    def read(self, weights, frames, tokens, lengths, last=1):
+        """One pass over image and text, padded ids as `prompts` returns them: the `last` states, float32 (B, last, hidden)."""
+        with self.autocast():
+            return git_forward.read(weights, self.pixels(frames), tokens, lengths, last)[0]
+
+    @torch.no_grad()
+    def encode(self, frames, instructions=""):
         """`features` (B, feature_size) and `answer_log_probs` (B, 5) of frames uint8 (B, 96, 96, 3), in one pass.
 
         The log-likelihood of each whole answer without [SEP], renormalised over them. Prompt plus the shared first
         word ("turn") is all the text it takes.
         """
-        states = self.read(frames, self.prompt + self.shared_word, 1 + len(self.shared_word))
+        tokens, lengths = self.prompts(instructions, len(frames))
+        shared = len(self.shared_word)
+        text = F.pad(tokens, (0, shared), value=self.pad)
+        if shared:
+            text[torch.arange(len(text)), lengths] = self.shared_word[0]
+        states = self.read(self.weights, frames, text, lengths + shared, 1 + shared)
         words = git_forward.linear(states, *self.weights.lm_head).log_softmax(-1)
-        return self.features(frames, states[:, 0]), score_answers(words, self.answers)
+        return self.features(frames, tokens, states[:, 0]), score_answers(words, self.answers)
 
-    def features(self, frames, state=None):
+    def features(self, frames, instructions="", state=None):
         """What the heads read, (B, feature_size): the state of the prompt's last token, which predicts the answer's first word.
 
-        `state` is that of a pass already made. A LoRA that PPO trains gets gradients, through Hugging Face's modules.
+        `state` is that of a pass already made, or None. A LoRA that PPO trains makes a pass of its own and gets gradients.
         """
-        if self.has_lora:
-            with self.autocast():
-                state = self.base.git(**self.inputs(frames)).last_hidden_state[:, -1].float()
-        elif state is None:
-            state = self.read(frames, self.prompt)[:, 0]
+        if self.has_lora or state is None:
+            weights = git_forward.collect(self.base, self.processor.image_processor) if self.has_lora else self.weights
+            state = self.read(weights, frames, *self.prompts(instructions, len(frames)))[:, 0]
         return state  # another input of the heads is joined here; feature_size counts it
 
-    def inputs(self, frames):
-        """Frames and the prompt as Hugging Face's modules want them."""
-        pixels = preprocess(torch.as_tensor(frames).to(self.device), self.processor.image_processor)
-        prompt = torch.tensor(self.prompt, device=self.device)
-        return {"pixel_values": pixels, "input_ids": prompt.expand(len(pixels), -1)}
-
     @torch.no_grad()
-    def ask(self, frames, question=PROMPT):
+    def ask(self, frames, question, instruction=""):
         """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens."""
         tokenizer = self.processor.tokenizer
-        prompt, stop = prompt_ids(tokenizer, question), tokenizer.sep_token_id
+        prompt, stop = prompt_ids(tokenizer, instruction, question), tokenizer.sep_token_id
+        self.check_length(len(prompt))
+        room = min(MAX_ANSWER_TOKENS, len(self.weights.text_positions) - len(prompt))
         with self.autocast():
-            rows = git_forward.generate(self.weights, self.pixels(frames), prompt, stop, MAX_ANSWER_TOKENS)
+            rows = git_forward.generate(self.weights, self.pixels(frames), prompt, stop, room)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-    def answer(self, frames, question=PROMPT):
-        """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says."""
-        return [parse_answer(text) or text for text in self.ask(frames, question)]
+    def answer(self, frames, instructions=""):
+        """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says.
+
+        `instructions` is one for all frames, or a list with one for each.
+        """
+        each = np.array([instructions] * len(frames) if isinstance(instructions, str) else instructions)
+        answers = [""] * len(frames)
+        for instruction in dict.fromkeys(each):  # frames with the same prompt generate together
+            rows = np.flatnonzero(each == instruction)
+            for row, text in zip(rows, self.ask(frames[rows], self.question, instruction)):
+                answers[row] = parse_answer(text) or text
+        return answers
 
     def head(self, features, answer_log_probs, dropout=None):
         """Action logits (B, 5) and value (B,) from stored features.
@@ -295,6 +341,9 @@ class GitText2ActionWithPrompt(nn.Module):
         """Dropout masks for `head`: 0 with probability p = `dropout`, else 1 / (1 - p), float32 (B, head_size)."""
         return F.dropout(torch.ones(batch_size, self.head_size, device=self.device), self.dropout)
 
-    def forward(self, frames):
-        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,)."""
-        return self.head(*self.encode(frames))
+    def forward(self, frames, instructions=""):
+        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,).
+
+        `instructions` is one for all frames, or a list with one for each; "" is the plain question.
+        """
+        return self.head(*self.encode(frames, instructions))

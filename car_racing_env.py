@@ -11,6 +11,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d import car_racing as stock
 
+from instructions import RACE, kind
+from perturbations import Throws
+from road import Road
+
 ENV_ID = "CarRacing-v3"
 FPS = stock.FPS
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
@@ -36,6 +40,14 @@ class Rewards:
     lap_bonus: float = (
         100.0  # added by a finished lap: about what driving on would be worth, as no frame shows the finish
     )
+    thrown_grace: int = 300  # frames after a throw in which neither grass nor tiles left behind cost anything
+    progress: float = (
+        0.0  # per tile's length along the road, backwards negative: tells a car that was turned where to go
+    )
+    # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does; being off the
+    # side asked for costs; both are per decision, for errors from 0 to 1
+    speed_kept: float = 2.4
+    side_left: float = 3.0
 
 
 REWARDS = Rewards()
@@ -82,29 +94,39 @@ class TrainingRewards(gym.Wrapper):
     Track seeds are drawn below TRAIN_TRACKS from the wrapper's own generator `rng`, so that a logged `track_seed` replays
     its track. The early stop is a termination with a penalty, never a truncation. When an episode ends, `info["episode_summary"]`
     holds its true `return`, its `length` in frames, `end` ("lap", "field", "time", "grass") and `track_seed`.
+    `target` is what an instruction asks for at present; `Instructed` changes it.
     """
+
+    target = RACE
 
     def __init__(self, env, seed, rewards=REWARDS):
         super().__init__(env)
         self.rng, self.rewards = np.random.default_rng(seed), rewards
+        self.frame_skip = self.env.get_wrapper_attr("skip")
 
     def reset(self, *, seed=None, options=None):
         self.track_seed = int(self.rng.integers(TRAIN_TRACKS))
-        self.episode_return, self.grass_frames, self.furthest_tile, self.missed_tiles = 0.0, 0, 0, 0
+        self.episode_return, self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0.0, 0, 0, 0, 0
         obs, info = self.env.reset(seed=self.track_seed, options=options)
-        self.frames_before = self._frames()
+        self.frames_before, self.road = self._frames(), Road(self)
         return obs, info | {"track_seed": self.track_seed}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.episode_return += reward
         newly_missed, grass_frames, penalty_scale = self._look_at_the_road()
+        self.grace = self.rewards.thrown_grace if info.get("thrown") else max(0, self.grace - self.frame_skip)
         end = episode_end(terminated, truncated, info)
-        if not end and grass_frames >= self.rewards.grass_limit:
+        if not end and grass_frames >= self.rewards.grass_limit and not self.grace:
             terminated, end = True, "grass"
 
-        reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip))
-        reward -= penalty_scale * self.rewards.miss_penalty * newly_missed
+        if self.target.speed is None:
+            reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip))
+        else:
+            reward = 0.0
+        reward += self._pay_for_the_way()
+        if not self.grace:
+            reward -= penalty_scale * self.rewards.miss_penalty * newly_missed
         if end == "lap":
             reward += self.rewards.lap_bonus
         if end == "grass":
@@ -119,11 +141,22 @@ class TrainingRewards(gym.Wrapper):
             }
         return obs, reward, terminated, truncated, info
 
+    def _pay_for_the_way(self):
+        """What progress along the road pays, and how well the target is kept."""
+        before = self.road.travelled
+        self.road.look()
+        progress = float(np.clip(self.road.travelled - before, -2.0, 2.0))
+        reward = self.rewards.progress * progress - self.rewards.side_left * self.target.side_error(self.road.offset)
+        if self.target.speed is not None:  # the speed along the road: neither standing nor going the wrong way pays
+            speed = progress * stock.TRACK_DETAIL_STEP * FPS / self.frame_skip
+            reward += self.rewards.speed_kept * (1 - self.target.speed_error(speed))
+        return reward
+
     def _look_at_the_road(self):
         """Tiles newly left behind unvisited, frames since a wheel touched the road, and the penalties' present share."""
         base = self.unwrapped
         touched = [tile.idx for wheel in base.car.wheels for tile in wheel.tiles]
-        self.grass_frames = 0 if touched else self.grass_frames + self.env.get_wrapper_attr("skip")
+        self.grass_frames = 0 if touched else self.grass_frames + self.frame_skip
         # the start line lies behind the car: a tile far ahead of the furthest one is one behind it
         self.furthest_tile = max([self.furthest_tile, *(i for i in touched if i - self.furthest_tile < 30)])
         missed = max(self.missed_tiles, self.furthest_tile + 1 - base.tile_visited_count)
@@ -135,10 +168,43 @@ class TrainingRewards(gym.Wrapper):
         return round(self.unwrapped.t * FPS)
 
 
+class Instructed(gym.Wrapper):
+    """Tell the driver what to do, and now and then something else. Goes around `TrainingRewards`, which pays for it.
+
+    `draw_instruction` maps a generator to an `instructions.Told`; each decision draws anew with probability `change`, a
+    standing car's three times as often. `info["instruction"]` is the sentence for the next decision, `info["kind"]` what was
+    told for the last one and `info["obeyed"]` whether the car then was as told.
+    """
+
+    def __init__(self, env, draw_instruction, change):
+        super().__init__(env)
+        self.draw_instruction, self.change = draw_instruction, change
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.instruction_rng = np.random.default_rng([self.env.track_seed, 2])
+        self.tell()
+        return obs, info | {"instruction": self.told.sentence}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        target, speed = self.told.target, np.array([self.unwrapped.car.hull.linearVelocity.length])
+        obeyed = target.at_speed(speed)[0] and target.on_side(np.array([self.env.road.offset]))[0]
+        info |= {"kind": kind(self.told.name), "obeyed": bool(obeyed)}
+        if self.instruction_rng.random() < self.change * (3 if target.speed == 0 else 1):
+            self.tell()
+        return obs, reward, terminated, truncated, info | {"instruction": self.told.sentence}
+
+    def tell(self):
+        """Draw the next instruction."""
+        self.told = self.draw_instruction(self.instruction_rng)
+        self.env.target = self.told.target
+
+
 class Resumable(gym.Wrapper):
     """Exact resume of an episode. Box2D's state cannot be saved: `snapshot` keeps what led there, and it is driven again.
 
-    Goes around `TrainingRewards`, whose generator it restores. The first `reset` after `resume_from` was set to a snapshot
+    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The first `reset` after `resume_from` was set to a snapshot
     drives its actions again, undrawn, to the very same moment.
     """
 
@@ -146,18 +212,16 @@ class Resumable(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         snapshot, self.resume_from = self.resume_from, None
+        rng, draw = self.get_wrapper_attr("rng"), self.get_wrapper_attr("draw")
         if snapshot:
-            self.env.rng.bit_generator.state = snapshot["rng"]
-        self.rng_before, self.actions = self.env.rng.bit_generator.state, []
-        if not snapshot:
-            return self.env.reset(seed=seed, options=options)
-        frame_skip = self.env.env
-        draw, frame_skip.draw = frame_skip.draw, False
+            rng.bit_generator.state = snapshot["rng"]
+        self.rng_before, self.actions = rng.bit_generator.state, []
+        self.set_wrapper_attr("draw", draw and not snapshot)
         obs, info = self.env.reset(seed=seed, options=options)
-        for action in snapshot["actions"]:
-            self.step(action)
-        frame_skip.draw = draw
-        return self.unwrapped.draw() if draw else obs, info
+        for action in snapshot["actions"] if snapshot else ():
+            info |= self.step(action)[4]
+        self.set_wrapper_attr("draw", draw)
+        return self.unwrapped.draw() if draw and snapshot else obs, info
 
     def step(self, action):
         self.actions.append(int(action))
@@ -179,6 +243,14 @@ def make_env(frame_skip=FRAME_SKIP, draw=True, **kwargs):
     return FrameSkip(gym.wrappers.TimeLimit(env, MAX_FRAMES), frame_skip, draw)
 
 
-def make_training_env(seed, rewards=REWARDS, frame_skip=FRAME_SKIP, draw=True):
-    """The plain task inside `TrainingRewards`; `seed` decides the tracks."""
-    return Resumable(TrainingRewards(make_env(frame_skip, draw), seed, rewards))
+def make_training_env(
+    seed, rewards=REWARDS, frame_skip=FRAME_SKIP, draw=True, *, draw_instruction=None, change=0.0, thrown=0.0
+):
+    """The plain task inside `TrainingRewards`; `seed` decides the tracks.
+
+    With `draw_instruction` under instructions that change with probability `change` per decision (see `Instructed`); with
+    `thrown` the car is thrown about with that probability per decision.
+    """
+    env = make_env(frame_skip, draw)
+    env = TrainingRewards(Throws(env, thrown, thrown) if thrown else env, seed, rewards)
+    return Resumable(Instructed(env, draw_instruction, change) if draw_instruction else env)

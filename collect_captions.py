@@ -1,9 +1,13 @@
-"""Stage 1: a trained policy drives, and each frame it sees becomes an image with an answer in words.
+"""Stage 1: a trained policy drives, and each frame it sees becomes an image with answers in words.
 
 Reads offline/teacher.safetensors (or a PPO policy of stage 3). Writes CarRacing-Data/, an imagefolder dataset: train/ and
 validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet, task.json and run.json.
 
     python collect_captions.py      # 1 to 3 minutes on two CPU cores: 42,000 frames
+
+The driver is told other things while it drives, does random things now and then, and is thrown about. Whatever it really
+does, each frame is labelled with what the teacher would do plainly ("text") and under several other instructions ("told":
+dreamed labels, so that no shortcut past the words exists), and with some questions about the scene ("asked").
 
 Then: python train_git_lora_carllava_style.py
 """
@@ -14,6 +18,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +27,16 @@ from tqdm import tqdm
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
+import instructions
+import perturbations
+import questions
 from car_racing_env import FPS, FRAME_SKIP, TRAIN_TRACKS
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, answer_of, to_simulator
+from instructions import RACE
+from perturbations import RandomBursts, Throws
 from support import cards, checks, processes, run_files
 from support.run_files import ROOT
-from teacher import TEACHER, PrivilegedState, RandomBursts, load_teacher
+from teacher import TEACHER, PrivilegedState, load_teacher
 
 POLICY = "teacher"  # who drives: "teacher", or a PPO policy's folder such as "results/policy"
 ANSWER_BY = "teacher"  # who answers: "teacher" (with a PPO policy driving: DAgger), or "policy", the driver itself
@@ -38,7 +48,12 @@ VALIDATION_TRACKS = range(100_000, 100_100)
 KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
 BURST_START = 0.04  # chance per decision that random actions take over, so that recoveries are in the data
 BURST_LONGEST = 7  # decisions
-STUCK_LIMIT = 100  # frames below walking pace after which an episode counts as stuck and is dropped
+THROWN = 0.0  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
+TOLD_SHARE = 0.0  # of the time the driver follows an instruction
+CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
+DREAMED = 0  # instructions under which each frame is labelled
+ASKED = 0  # questions about the scene that each frame carries
+STUCK_LIMIT = 150  # frames below walking pace, though not told to stand, after which an episode is dropped
 NUM_WORKERS = 2  # processes
 
 
@@ -49,48 +64,95 @@ def load_drivers(policy):
     return load_teacher(), None if policy == "teacher" else GitText2ActionWithPrompt.from_policy(ROOT / policy)
 
 
+def answer_for(action, state):
+    """The answer that says the simulator's `action` in a privileged `state`."""
+    return answer_of(action)
+
+
+class Settings(NamedTuple):
+    """How an episode is driven and labelled; the fields are the constants."""
+
+    policy: str = POLICY
+    answer_by: str = ANSWER_BY
+    keep: float = KEEP
+    burst_start: float = BURST_START
+    burst_longest: int = BURST_LONGEST
+    thrown: float = THROWN
+    told_share: float = TOLD_SHARE
+    change: float = CHANGE
+    dreamed: int = DREAMED
+    asked: int = ASKED
+    stuck_limit: int = STUCK_LIMIT
+
+
 @torch.no_grad()
-def collect_episode(track_seed, policy, answer_by, keep, burst_start, burst_longest, stuck_limit):
+def collect_episode(track_seed, settings, split="taught"):
     """Drive one track; returns the frames kept and their metadata rows, nothing if the car got stuck.
 
-    Everything random comes from the track seed, so the dataset does not depend on the number of workers.
+    `split` says which phrasings are used: "taught", or "both" in turn. Everything random comes from the track seed, so the
+    dataset does not depend on the number of workers.
     """
-    teacher, model = load_drivers(policy)
+    teacher, model = load_drivers(settings.policy)
     rng = np.random.default_rng(track_seed)
-    env = car_racing_env.make_env(draw=False)
-    env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
+    env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown)
+    env = PrivilegedState(RandomBursts(env, track_seed, settings.burst_start, settings.burst_longest))
     base = env.unwrapped
     _, info = env.reset(seed=track_seed)
+    sentence, target = tell(rng, settings.told_share)
     frames, rows, slow, end = [], [], 0, ""
     while not end:
-        kept = rng.random() < keep
+        kept = rng.random() < settings.keep
         frame = base.draw() if kept or model else None
-        action = said = int(teacher(torch.from_numpy(info["state"])[None]).argmax())
+        told = [
+            instructions.draw(rng, "held_out" if split == "both" and i % 2 else "taught")
+            for i in range(settings.dreamed if kept else 0)
+        ]
+        state = info["state"]
+        plain, action, *dreamed = teacher.act(state[None], [RACE, target, *(x.target for x in told)])
         if model:
-            action = int(to_simulator(model(frame[None])[0].argmax(1))[0])
-            said = said if answer_by == "teacher" else action
+            said = ["", sentence, *(x.sentence for x in told)] if kept else ["", sentence]
+            said = to_simulator(model(np.stack([frame] * len(said)), said)[0].argmax(1))
+            action = said[1]
+            if settings.answer_by == "policy":
+                plain, dreamed = said[0], said[2:]
         if kept:
             number = round(base.t * FPS) - 1
-            row = {"file_name": f"{track_seed:06d}_{number:04d}.png", "text": answer_of(said), "prompt": PROMPT}
-            rows.append(row | {"action": said, "track_seed": track_seed, "frame": number})
+            row = {
+                "file_name": f"{track_seed:06d}_{number:04d}.png",
+                "text": answer_for(plain, state),
+                "prompt": PROMPT,
+            }
+            row |= {"action": int(plain), "track_seed": track_seed, "frame": number}
+            row["told"] = [
+                {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dream, state)}
+                for x, dream in zip(told, dreamed)
+            ]
+            row["asked"] = questions.draw(rng, questions.describe(state, env.road), settings.asked)
+            rows.append(row)
             frames.append(frame)
-        _, _, terminated, truncated, info = env.step(action)
+        _, _, terminated, truncated, info = env.step(int(action))
         end = car_racing_env.episode_end(terminated, truncated, info)
-        moving = base.car.hull.linearVelocity.length > 2 or base.t < 1
+        moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or target.speed == 0
         slow = 0 if moving else slow + FRAME_SKIP
-        if slow >= stuck_limit:
+        if slow >= settings.stuck_limit:
             return [], []
+        if rng.random() < settings.change * (3 if target.speed == 0 else 1):
+            sentence, target = tell(rng, settings.told_share)
     return frames, rows
+
+
+def tell(rng, share):
+    """What the driver is told next, a sentence and its target; with probability 1 - `share` nothing."""
+    told = instructions.draw(rng)
+    return (told.sentence, told.target) if rng.random() < share else ("", RACE)
 
 
 def collect_split(run_jobs, folder, tracks, num_frames):
     """Fill one split's folder with `num_frames` frames and its metadata.jsonl; returns the rows and the number of stuck episodes."""
     folder.mkdir(parents=True)
     rows, stuck = [], 0
-    collect = functools.partial(
-        collect_episode, policy=POLICY, answer_by=ANSWER_BY, keep=KEEP, burst_start=BURST_START,
-        burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT,
-    )  # fmt: skip
+    split = "both" if folder.name == "validation" else "taught"
+    collect = functools.partial(collect_episode, settings=Settings(), split=split)
     with tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar:
         for frames, new_rows in run_jobs(collect, tracks):
             stuck += not frames
@@ -143,7 +205,12 @@ def main():
     output = run_files.check_own(output, script)
     load_drivers(POLICY)  # what is missing fails here, not in a worker
     run = run_files.describe_run(
-        globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
+        globals(),
+        vars(model_file),
+        vars(car_racing_env),
+        vars(perturbations),
+        teacher_hash=run_files.file_hash(ROOT / TEACHER),
+        instructions=instructions.digest(),
     )
     print(f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the shipped "
           f"sample comes back with: git checkout {OUTPUT_DIR}), 1 to 3 minutes for 42,000 on two CPU cores")  # fmt: skip
@@ -158,7 +225,7 @@ def main():
     contact_sheet(splits["train"][0], partial / "train", partial / "contact_sheet.png")
     facts = {
         "prompt": PROMPT, "driver": POLICY, "answer_by": ANSWER_BY, "frame_skip": FRAME_SKIP, "folder": OUTPUT_DIR,
-        "burst_start": BURST_START, "burst_longest": BURST_LONGEST,
+        "burst_start": BURST_START, "burst_longest": BURST_LONGEST, "dreamed": DREAMED, "asked": ASKED,
     }  # fmt: skip
     stuck = {split: stuck for split, (_, stuck) in splits.items()}
     (partial / "README.md").write_text(cards.dataset_card(facts, counts, stuck, table(counts)))

@@ -18,13 +18,16 @@ import torch
 from tqdm import tqdm
 
 import film
+import instructions
 from car_racing_env import ENV_ID, FRAME_SKIP, episode_end
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
+from instructions import RACE
 from support import checks, processes, run_files
 from support.run_files import ROOT
 from teacher import TEACHER, load_teacher, make_evaluation_env
 
 DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
+INSTRUCTION = ""  # said all the way: "Keep left."; the teacher takes a name of instructions.py: "left"
 FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,200-100,299 held out, 201,000-201,099 test
 NUM_TRACKS = 100
 NUM_ENVS = 10  # simulated side by side, each in a process of its own
@@ -50,50 +53,63 @@ class Random:
 
 
 class Teacher:
-    """The collecting policy; it reads the simulator's state from `infos`."""
+    """The collecting policy; it reads the simulator's state from `infos`. `told` is a `Target`, or one for each frame."""
 
-    def __init__(self):
-        self.teacher = load_teacher()
+    def __init__(self, told=RACE):
+        self.teacher, self.told = load_teacher(), told
 
     def __call__(self, frames, infos):
-        return self.teacher(torch.from_numpy(infos["state"])).argmax(1).numpy()
+        return self.teacher.act(infos["state"], self.told)
 
 
 class Answers:
-    """The model's generated words; what cannot be parsed is counted and driven as no-op."""
+    """The model's generated words; what cannot be parsed is counted and driven as no-op.
 
-    def __init__(self, model):
-        self.model, self.words, self.unparsable = model, 0, 0
+    `told` is the instruction, "" for none, or one for each frame.
+    """
+
+    def __init__(self, model, told=""):
+        self.model, self.told, self.words, self.unparsable = model, told, 0, 0
 
     def __call__(self, frames, infos):
-        texts = self.model.answer(frames)
+        texts = self.model.answer(frames, self.told)
         self.words += len(texts)
         self.unparsable += sum(text not in ANSWERS for text in texts)
         return np.array([ANSWERS.get(text, 0) for text in texts])
 
     def probabilities(self, frames):
-        return self.model.encode(frames)[1].exp()
+        return self.model.encode(frames, self.told)[1].exp()
 
 
 class Policy:
-    """The most probable action of a model with its policy head."""
+    """The most probable action of a model with its policy head. `told` is the instruction, or one for each frame."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, told=""):
+        self.model, self.told = model, told
 
     def __call__(self, frames, infos):
         return to_simulator(self.probabilities(frames).argmax(1))
 
     @torch.no_grad()
     def probabilities(self, frames):
-        return self.model(frames)[0].softmax(-1)
+        return self.model(frames, self.told)[0].softmax(-1)
+
+
+def named_target(name):
+    """The `Target` of the instruction `name`, none for ""; BadInput if there is none of that name."""
+    names = {"", *instructions.INSTRUCTIONS, *instructions.COMBINATIONS, *instructions.HELD_OUT_COMBINATIONS}
+    if name not in names:
+        raise checks.BadInput(
+            f"INSTRUCTION = {name!r} in evaluate.py: the teacher reads no words, use one of {', '.join(sorted(names)[1:])}"
+        )
+    return instructions.target(name) if name else RACE
 
 
 DRIVERS = {
     "random": lambda: Random(SEED),
-    "teacher": Teacher,
-    "answers": lambda: Answers(GitText2ActionWithPrompt.from_pretrained(MODEL)),
-    "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY)),
+    "teacher": lambda: Teacher(named_target(INSTRUCTION)),
+    "answers": lambda: Answers(GitText2ActionWithPrompt.from_pretrained(MODEL), INSTRUCTION),
+    "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY), INSTRUCTION),
 }
 WEIGHTS = {
     "teacher": TEACHER,
@@ -174,7 +190,13 @@ def main():
     summary = summarize(results)
     if DRIVER == "answers":
         summary |= {"unparsable_answers": driver.unparsable, "answers": driver.words}
-    facts = {"driver": DRIVER, "env_id": ENV_ID, "frame_skip": FRAME_SKIP, "tracks": [tracks[0], tracks[-1]]}
+    facts = {
+        "driver": DRIVER,
+        "instruction": INSTRUCTION,
+        "env_id": ENV_ID,
+        "frame_skip": FRAME_SKIP,
+        "tracks": [tracks[0], tracks[-1]],
+    }
     if DRIVER in WEIGHTS:
         weights = Path(WEIGHTS[DRIVER])
         facts |= {"folder": str(weights.parent), "weights_hash": run_files.file_hash(ROOT / weights)}

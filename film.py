@@ -12,30 +12,38 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from car_racing_env import FPS, FRAME_SKIP, episode_end
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of, preprocess
 from support.checks import BadInput
 from teacher import make_evaluation_env
+
+SCENE_QUESTIONS = ()  # asked in turn, for a sentence below the answer: "How does the road bend next?", ...
+SCENE_EVERY = 25  # decisions between two of them
 
 
 def drive(driver, track_seed, heat_map=False):
     """Drive one track; yields for each decision a picture, uint8 (560, 600, 3), and the return after it.
 
-    The frame large; below it prompt, answer, action, probabilities, speed and return. Drivers without a model get the
-    frame, the action and the numbers.
+    The frame large; below it prompt, answer, action, probabilities, a sentence about the scene, speed and return. Drivers
+    without a model get the frame, the action and the numbers.
     """
     env = make_evaluation_env(render_mode="rgb_array")
     obs, info = env.reset(seed=track_seed)
-    total, end = 0.0, ""
+    total, end, decision, scene = 0.0, "", 0, ""
     while not end:
         action = int(driver(obs[None], {"state": info["state"][None]})[0])
         words, probabilities, frame = None, None, env.render()
         if hasattr(driver, "model"):
-            words = driver.model.answer(obs[None])[0]
+            words = driver.model.answer(obs[None], driver.told)[0]
             probabilities = driver.probabilities(obs[None])[0].tolist()
+            if SCENE_QUESTIONS and decision % SCENE_EVERY == 0:
+                question = SCENE_QUESTIONS[decision // SCENE_EVERY % len(SCENE_QUESTIONS)]
+                scene = driver.model.ask(obs[None], question)[0].capitalize()
             if heat_map:
-                frame = overlay(frame, attention(driver.model, obs[None])[0].cpu().numpy())
+                frame = overlay(frame, attention(driver.model, obs[None], driver.told)[0].cpu().numpy())
         speed = env.unwrapped.car.hull.linearVelocity.length
-        picture = compose(frame, words, answer_of(action), probabilities, speed, total)
+        prompt = f"{driver.told}\n{driver.model.question}".strip() if words else PROMPT
+        picture = compose(frame, prompt, words, scene, answer_of(action), probabilities, speed, total)
+        decision += 1
         obs, reward, terminated, truncated, info = env.step(action)
         total += reward
         end = episode_end(terminated, truncated, info)
@@ -90,9 +98,13 @@ def watch(driver, track_seed, heat_map=False):
 
 
 @torch.no_grad()
-def attention(model, frames):
+def attention(model, frames, instruction=""):
     """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
-    rows = model.base(**model.inputs(frames), output_attentions=True).attentions[-1].mean(1)[:, -1]
+    inputs = {
+        "pixel_values": preprocess(frames, model.processor.image_processor),
+        "input_ids": model.prompts(instruction, len(frames))[0],
+    }
+    rows = model.base(**inputs, output_attentions=True).attentions[-1].mean(1)[:, -1]
     vision = model.base.config.vision_config
     n = vision.image_size // vision.patch_size
     return rows[:, 1 : 1 + n * n].unflatten(1, (n, n))  # after the image's own [CLS]
@@ -105,20 +117,21 @@ def overlay(frame, attention):
     return (frame * (1 - heat) + heat * np.array([255, 40, 40])).astype(np.uint8)
 
 
-def compose(frame, answer, action, probabilities, speed, total):
+def compose(frame, prompt, answer, scene, action, probabilities, speed, total):
     """One video frame, uint8 (560, 600, 3): the rendered frame (400, 600, 3) above the panel."""
     image = Image.new("RGB", (600, 560), (18, 22, 28))
     image.paste(Image.fromarray(frame))
     draw = ImageDraw.Draw(image)
     text = functools.partial(draw.text, font=ImageFont.load_default(15))
     grey, white, green, orange = (150, 158, 168), (240, 242, 245), (120, 220, 140), (255, 190, 90)
-    text((12, 408), PROMPT, fill=grey)
+    text((12, 404), prompt, fill=grey)
     if answer is not None:
-        draw.text((12, 430), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
+        draw.text((12, 430 + 14 * prompt.count("\n")), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
     differs = answer is not None and ANSWERS.get(answer) != ANSWERS[action]
-    text((12, 478), f"action   {action}", fill=orange if differs else white)
-    text((12, 502), f"speed    {speed:.0f}", fill=grey)
-    text((12, 526), f"return   {total:.0f}", fill=grey)
+    text((12, 466), scene, fill=grey)
+    text((12, 486), f"action   {action}", fill=orange if differs else white)
+    text((12, 508), f"speed    {speed:.0f}", fill=grey)
+    text((12, 530), f"return   {total:.0f}", fill=grey)
     for i, name in enumerate(ANSWERS if probabilities else ()):
         y = 434 + 120 // len(ANSWERS) * i
         text((300, y), name, fill=white if name == action else grey)

@@ -25,6 +25,8 @@ import car_racing_env
 import evaluate
 import film
 import GitText2ActionWithPrompt as model_file
+import instructions
+import perturbations
 from car_racing_env import FRAME_SKIP, REWARDS
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, processes, run_files
@@ -38,6 +40,9 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 NUM_ENVS = 8  # simulators, each in a process of its own
 TORCH_THREADS = 1  # two are a sixth faster on idle cores and several times slower on busy ones
 NUM_STEPS = 512  # decisions per environment and update
+INSTRUCTED_ENVS = 0  # of them: there the driver is told what to do (instructions.py), and other things now and then
+CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
+THROWN = 0.0  # chance per decision, and at the start, that the car is thrown about, so that coming back is learned
 TOTAL_UPDATES = 36  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
 MINIBATCH_SIZE = 512  # decisions
@@ -139,18 +144,32 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0):
+def make_envs(
+    seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0, *, instructed_envs=INSTRUCTED_ENVS,
+    change=CHANGE, thrown=THROWN,
+):  # fmt: skip
     """The training environments, each in a process of its own; start them before torch starts its threads."""
-    seeds = range(seed * 10_000 + rank * num_envs, seed * 10_000 + (rank + 1) * num_envs)
-    make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
-    return processes.Simulators([functools.partial(make, env_seed) for env_seed in seeds], "SAME_STEP")
+    makers = []
+    for i in range(num_envs):
+        make = functools.partial(
+            car_racing_env.make_training_env, seed * 10_000 + rank * num_envs + i, rewards, frame_skip
+        )
+        told = {"draw_instruction": instructions.draw, "change": change} if i < instructed_envs else {}
+        makers.append(functools.partial(make, thrown=thrown, **told))
+    return processes.Simulators(makers, "SAME_STEP")
+
+
+def observe(frames, infos):
+    """What the model reads next: frames uint8 (N, 96, 96, 3), and what each driver is told, "" for nothing."""
+    return frames, [said or "" for said in infos.get("instruction", [""] * len(frames))]
 
 
 @torch.no_grad()
-def rollout(envs, frames, model, num_steps):
-    """`num_steps` decisions in every environment, from `frames` uint8 (N, 96, 96, 3) on.
+def rollout(envs, obs, model, num_steps):
+    """`num_steps` decisions in every environment, from `obs` on, frames and instructions as `observe` returns them.
 
-    Returns the next frames, a dict of tensors (T, N, ...) and the finished episodes as `(decision, facts)` pairs.
+    Returns the next `obs`, a dict of tensors (T, N, ...), the finished episodes as `(decision, facts)` pairs, and what was
+    told and whether it was done as `(kind, obeyed)` pairs.
     """
 
     def empty(*size, dtype=torch.float32):
@@ -160,21 +179,23 @@ def rollout(envs, frames, model, num_steps):
     data |= {"features": empty(model.feature_size), "answer_log_probs": empty(len(model.answers))}
     data |= {"dropout": empty(model.head_size), "action": empty(dtype=torch.int64)}
     if model.has_lora:
-        data["frames"] = empty(*frames.shape[1:], dtype=torch.uint8)
-    episodes = []
+        data["frames"] = empty(*obs[0].shape[1:], dtype=torch.uint8)
+        data["prompts"] = empty(model.longest_prompt, dtype=torch.int64) + model.pad
+    episodes, obedience = [], []
     for t in range(num_steps):
-        features, answer_log_probs = model.encode(frames)
-        dropout = model.draw_dropout(len(frames))
+        features, answer_log_probs = model.encode(*obs)
+        dropout = model.draw_dropout(envs.num_envs)
         logits, value = model.head(features, answer_log_probs, dropout)
         log_probs = logits.log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)[:, 0]
         step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
         step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
         if model.has_lora:
-            step["frames"] = torch.from_numpy(frames)
+            prompts, _ = model.prompts(obs[1], envs.num_envs)
+            data["frames"][t], data["prompts"][t, :, : prompts.shape[1]] = torch.from_numpy(obs[0]), prompts
 
         frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
-        done = terminated | truncated
+        obs, done = observe(frames, infos), terminated | truncated
         step |= {
             "reward": torch.from_numpy(reward),
             "terminated": torch.from_numpy(terminated),
@@ -182,13 +203,25 @@ def rollout(envs, frames, model, num_steps):
         }
         for name, x in step.items():
             data[name][t] = x
+        obedience += [(kind, obeyed) for kind, obeyed in zip(infos.get("kind", ()), infos.get("obeyed", ())) if kind]
         for i in np.flatnonzero(done):
-            facts = infos["final_info"]["episode_summary"].items()
+            final = infos["final_info"]
+            facts = final["episode_summary"].items()
             episodes.append((t, {name: x[i] for name, x in facts if not name.startswith("_")}))
             if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
-                data["next_value"][t, i] = model(infos["final_obs"][i][None])[1][0]
-    data["next_value"] += (1 - data["done"]) * torch.cat([data["value"][1:], model(frames)[1][None]])
-    return frames, data, episodes
+                last_frame, last_told = observe(infos["final_obs"], final)
+                data["next_value"][t, i] = model(last_frame[i][None], last_told[i])[1][0]
+    data["next_value"] += (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
+    return obs, data, episodes, obedience
+
+
+def obeyed_shares(obedience):
+    """Share of all decisions, from the first on, in which what was told was the case; nan for what was not told."""
+    return {
+        f"obeyed_{kind}": float(np.mean([obeyed for k, obeyed in obedience if k == kind] or [np.nan]))
+        for kind in instructions.KINDS
+        if kind not in ("race", "chatter", "garbled")  # nothing to obey
+    }
 
 
 def normalize_rewards(normalizer, reward, done, accelerator):
@@ -212,7 +245,9 @@ def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=F
             optimizer.zero_grad()
             for part in rows.split(MICROBATCH_SIZE if model.has_lora else MINIBATCH_SIZE):
                 b, share = {name: x[part] for name, x in batch.items()}, len(part) / len(rows)
-                features = model.features(b["frames"]) if model.has_lora and not warming_up else b["features"]
+                features = (
+                    model.features(b["frames"], b["prompts"]) if model.has_lora and not warming_up else b["features"]
+                )
                 logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
                 advantage = b["advantage"] - mean_advantage
                 terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
@@ -262,7 +297,7 @@ def train(
         own = state["processes"][accelerator.process_index]
         processes.set_rng_state(own["rng"], model.device)
         envs.set_attr("resume_from", own["episodes"])
-    frames, _ = envs.reset()
+    obs = observe(*envs.reset())
 
     def saved_state(number):
         own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
@@ -276,7 +311,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - 0.9 * (number - 1) / max(1, total_updates - 1))
 
-        frames, data, episodes = rollout(envs, frames, model, num_steps)
+        obs, data, episodes, obedience = rollout(envs, obs, model, num_steps)
         rollout_seconds = time.time() - began
         reward, terminated, done = data["reward"], data["terminated"], data["done"]
         if normalize_return:
@@ -293,6 +328,8 @@ def train(
             "update_share": 1 - rollout_seconds / seconds,
             "seconds": seconds,
         }
+        if obedience := gather_object(obedience):
+            diagnostics |= obeyed_shares(obedience)
         yield number, gather_object(episodes), diagnostics, saved_state(number)
 
 
@@ -312,8 +349,9 @@ def main():
             model.add_lora(LORA_RANK, LORA_ALPHA)
         if rank:
             torch.manual_seed(SEED + rank)  # the same heads, other actions
-        modules = globals(), vars(model_file), vars(car_racing_env)
-        run = run_files.describe_run(*modules, processes=world_size, **model.source)
+        modules = globals(), vars(model_file), vars(car_racing_env), vars(perturbations)
+        facts = {"processes": world_size, "instructions": instructions.digest()}
+        run = run_files.describe_run(*modules, **facts, **model.source)
         driver, state, best, episode = evaluate.Policy(model), None, -np.inf, 0
         if RESUME:
             run, state = run_files.continue_run(results, run, MAY_CHANGE), run_files.load_state(results / "state.pt")

@@ -1,21 +1,25 @@
 """The trained policy that drives stage 1: it reads the simulator's state instead of pictures.
 
-Reads offline/teacher.safetensors, made by `python -m offline.train_teacher`. Also here: that state, and the random bursts
-that push a driver off its line so that its recoveries are seen.
+Reads offline/teacher.safetensors, made by `python -m offline.train_teacher`. Beside the state it is given a target
+(instructions.py): a speed, a side of the road, standing still, or none, when it races.
 """
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
 from torch import nn
 
 from car_racing_env import FRAME_SKIP, make_env
+from instructions import RACE, TARGET_SIZE, Target
+from road import Road
 from support.checks import BadInput, read_weights
 from support.run_files import ROOT
 
 TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 STATE_SIZE = 15 + 2 * TILES_AHEAD
+GOVERNOR = 20.0  # added to the logits of gas and brake, at most
 
 
 class PrivilegedState(gym.Wrapper):
@@ -28,27 +32,21 @@ class PrivilegedState(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self.track = np.array(self.unwrapped.track)  # (N, 4): alpha, heading, x, y
-        self.tile = None  # the nearest one, followed along the road: tracks can pass close to themselves
+        self.road = Road(self)
         return obs, info | {"state": self.state()}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        self.road.look()
         return obs, reward, terminated, truncated, info | {"state": self.state()}
 
     def state(self):
         """The privileged state of this moment."""
-        car = self.unwrapped.car
+        car, road = self.unwrapped.car, self.road
         hull = car.hull
         sin, cos = np.sin(hull.angle), np.cos(hull.angle)
         to_car = np.array([[cos, -sin], [sin, cos]])  # columns: the car's right and forward
-        position = np.array(hull.position)
-        near = np.arange(len(self.track)) if self.tile is None else np.arange(self.tile - 8, self.tile + 17)
-        near %= len(self.track)
-        self.tile = int(near[np.square(self.track[near, 2:] - position).sum(1).argmin()])
-        _, heading, x, y = self.track[self.tile]
-        ahead = (self.tile + 1 + np.arange(TILES_AHEAD)) % len(self.track)
-        offset = (position[0] - x) * np.cos(heading) + (position[1] - y) * np.sin(heading)
+        ahead = (road.tile + 1 + np.arange(TILES_AHEAD)) % len(road.track)
         right, forward = np.array(hull.linearVelocity) @ to_car
         return np.array(
             [
@@ -58,55 +56,49 @@ class PrivilegedState(gym.Wrapper):
                 car.wheels[0].joint.angle / 0.4,
                 *(wheel.omega / 100 for wheel in car.wheels),
                 *(bool(wheel.tiles) for wheel in car.wheels),
-                offset / TRACK_WIDTH,
-                np.sin(heading - hull.angle),
-                np.cos(heading - hull.angle),
-                *((self.track[ahead, 2:] - position) @ to_car / 20).ravel(),
+                road.offset / TRACK_WIDTH,
+                np.sin(road.heading - hull.angle),
+                np.cos(road.heading - hull.angle),
+                *((road.track[ahead, 2:] - np.array(hull.position)) @ to_car / 20).ravel(),
             ],
             dtype=np.float32,
         )
 
 
-class RandomBursts(gym.Wrapper):
-    """Now and then take over for 1 to `longest` decisions with one random action, so that recoveries are seen.
+class Teacher(nn.Module):
+    """An MLP from privileged state and target (B, STATE_SIZE + TARGET_SIZE) to logits over the simulator's actions (B, 5).
 
-    Each decision starts a burst with probability `start`. `info["action"]` is the action that was really taken.
+    Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A policy
+    that races already takes millions of decisions to find out that it could be slow.
     """
 
-    def __init__(self, env, seed, start, longest):
-        super().__init__(env)
-        self.rng, self.start, self.longest, self.left = np.random.default_rng(seed), start, longest, 0
-
-    def reset(self, *, seed=None, options=None):
-        self.left = 0
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action):
-        if not self.left and self.rng.random() < self.start:
-            self.left = int(self.rng.integers(1, self.longest + 1))
-            self.burst = int(self.rng.integers(5))
-        if self.left:
-            self.left -= 1
-            action = self.burst
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated, truncated, info | {"action": action}
-
-
-class Teacher(nn.Module):
-    """An MLP from privileged state (B, STATE_SIZE) to logits over the simulator's five actions (B, 5)."""
-
-    def __init__(self, state_size=STATE_SIZE, hidden_size=128):
+    def __init__(self, hidden_size=192):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(state_size, hidden_size),
+            nn.Linear(STATE_SIZE + TARGET_SIZE, hidden_size),
             nn.Tanh(),
             nn.Linear(hidden_size, hidden_size),
             nn.Tanh(),
             nn.Linear(hidden_size, 5),
         )
 
-    def forward(self, state):
-        return self.net(state)
+    def forward(self, state_and_target):
+        speed, (told, target, stop) = state_and_target[:, 0], state_and_target[:, STATE_SIZE : STATE_SIZE + 3].T
+        excess = told * torch.tanh(20 * (speed - target)) * (1 - stop) + stop  # speeds are in units of 50 here
+        zero = torch.zeros_like(excess)
+        governor = torch.stack([zero, zero, zero, -excess, excess.clamp(min=0)], 1)  # accelerate is 3, brake 4
+        return self.net(state_and_target) + GOVERNOR * governor
+
+    @torch.no_grad()
+    def act(self, states, targets=RACE):
+        """The simulator's actions, int64 numpy (B,), for states float32 numpy (B, STATE_SIZE).
+
+        `targets` is one `Target` for all, or a list with one for each; a single state is repeated for them.
+        """
+        targets = [targets] * len(states) if isinstance(targets, Target) else targets
+        encoded = np.stack([target.encode() for target in targets])
+        states = np.broadcast_to(states, (len(encoded), states.shape[1]))
+        return self(torch.from_numpy(np.concatenate([states, encoded], 1))).argmax(1).numpy()
 
 
 def load_teacher(path=TEACHER):
@@ -115,11 +107,11 @@ def load_teacher(path=TEACHER):
     if not path.exists():
         raise BadInput(f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher")
     weights = read_weights(path)
-    teacher = Teacher(weights["net.0.weight"].shape[1], weights["net.0.weight"].shape[0])
+    teacher = Teacher(weights["net.0.weight"].shape[0])
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False)
 
 
 def make_evaluation_env(frame_skip=FRAME_SKIP, **kwargs):
-    """The plain task with the privileged state in `info`, which only the teacher reads."""
+    """The plain task with the privileged state in `info`, which only the teacher and measurements read."""
     return PrivilegedState(make_env(frame_skip, **kwargs))

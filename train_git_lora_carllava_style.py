@@ -1,16 +1,20 @@
-"""Stage 2: LoRA teaches a GIT base to answer "What should the vehicle do in this scenario?" in words.
+"""Stage 2: LoRA teaches a GIT base to answer "What should the vehicle do in this scenario?" in words, under instructions too.
 
 Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_caption_model_carllava/ (PEFT adapter,
 processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png.
 
     python train_git_lora_carllava_style.py      # 10 to 30 minutes on two CPU cores
 
-Expect an average loss of 0.46 falling to 0.05 and 93 to 95 % exact answers on the validation tracks. Only the answer's
-tokens are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding.
+Each frame is read once with several texts: the plain question in several wordings, the question under some of the
+instructions it was labelled for, and a question about the scene, so that seeing is not forgotten. Only the answers' tokens
+are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding. Exact answers are reported for the
+plain question, by instruction (taught phrasings and others) and for the questions about the scene, before and after.
 
 Then: python ppo_git_with_prompt.py
 """
 
+import collections
+import functools
 import json
 import pickle
 import shutil
@@ -28,8 +32,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
-from fast.lora import multiply_once
-from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt
+import instructions
+from fast import git_forward
+from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, PROMPT, GitText2ActionWithPrompt
+from instructions import WORDINGS
 from support import cards, checkpoints, checks, plots, processes, run_files
 from support.run_files import ROOT
 
@@ -45,8 +51,11 @@ MACRO_MIN_FRAMES = 30  # the macro recall leaves out actions with fewer validati
 
 LORA_RANK = 32
 LORA_ALPHA = 64
-LORA_DROPOUT = 0.0
 EPOCHS = 4
+PLAIN_TEXTS = 1  # per frame and epoch: the plain question
+TOLD_TEXTS = 2  # the question under an instruction
+ASKED_TEXTS = 1  # questions about the scene
+REWORDED = 0.0  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
 LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
 WEIGHT_DECAY = 0.0
@@ -56,15 +65,18 @@ MAY_CHANGE = {"RESUME", "DATA_DIR", "OUTPUT_DIR", "RESULTS_DIR", "CHECKPOINT_DIR
 
 
 class Captions(torch.utils.data.Dataset):
-    """One split of an imagefolder dataset: (frame uint8 (96, 96, 3), answer index in the order of ANSWERS)."""
+    """One split of an imagefolder dataset: (frame uint8 (96, 96, 3), its metadata row)."""
 
     def __init__(self, folder):
-        self.folder, metadata, answers = Path(folder), Path(folder) / "metadata.jsonl", list(ANSWERS)
+        self.folder, metadata = Path(folder), Path(folder) / "metadata.jsonl"
         if not metadata.exists():
             raise checks.BadInput(f"no captions in {folder}/: run collect_captions.py first")
         try:
-            rows = [json.loads(line) for line in metadata.read_text().splitlines()]
-            self.rows = [(Path(row["file_name"]).name, answers.index(row["text"])) for row in rows]
+            self.rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+            for row in self.rows:
+                row["file_name"] = Path(row["file_name"]).name
+                row["answer"] = list(ANSWERS).index(row["text"])
+                row |= {"told": row.get("told", []), "asked": row.get("asked", [])}
         except (ValueError, KeyError, TypeError) as error:
             raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
 
@@ -72,32 +84,59 @@ class Captions(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        name, answer = self.rows[index]
-        with Image.open(self.folder / name, formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB")), answer
+        row = self.rows[index]
+        with Image.open(self.folder / row["file_name"], formats=["PNG"]) as image:
+            return np.asarray(image.convert("RGB")), row
+
+
+def draw_texts(row):
+    """The texts that one frame is read with in training, as (instruction, question, answer)."""
+
+    def some(items, count):
+        return [items[i] for i in torch.randperm(len(items))[:count].tolist()]
+
+    def wording(reworded):
+        return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < reworded else PROMPT
+
+    texts = [("", wording(REWORDED), row["text"]) for _ in range(PLAIN_TEXTS)]
+    texts += [(told["sentence"], wording(REWORDED / 2), told["text"]) for told in some(row["told"], TOLD_TEXTS)]
+    return texts + [("", asked["question"], asked["text"]) for asked in some(row["asked"], ASKED_TEXTS)]
+
+
+def all_texts(row):
+    """The texts that a validation frame is measured with: the plain question, all it was labelled for, all it was asked."""
+    texts = [("", PROMPT, row["text"])]
+    texts += [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
+    return texts + [("", asked["question"], asked["text"]) for asked in row["asked"]]
 
 
 class Collator:
-    """Frames and answer indices -> pixel_values, input_ids, labels."""
+    """Frames and rows -> pixel_values (B, 3, S, S), input_ids and labels (B, texts, T), the texts chosen by `choose`."""
 
-    def __init__(self, processor):
-        tokenizer = processor.tokenizer
-        self.image_processor = processor.image_processor
-        prompt = model_file.prompt_ids(tokenizer)
-        answers = [[*ids, tokenizer.sep_token_id] for ids in model_file.answer_ids(tokenizer)]
-        input_ids = [torch.tensor(prompt + ids) for ids in answers]
-        labels = [torch.tensor([-100] * len(prompt) + ids) for ids in answers]
-        self.input_ids = pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-        self.labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    def __init__(self, processor, choose=draw_texts):
+        self.processor, self.choose = processor, choose
 
-    def __call__(self, rows):
-        frames, answers = zip(*rows)
-        answers = torch.tensor(answers)
+    def __call__(self, samples):
+        tokenizer = self.processor.tokenizer
+        frames, rows = zip(*samples)
+        tokens, labels = [], []
+        for instruction, question, answer in (text for row in rows for text in self.choose(row)):
+            prompt = model_file.prompt_ids(tokenizer, instruction, question)
+            ending = [*answer_tokens(tokenizer, answer), tokenizer.sep_token_id]
+            tokens.append(torch.tensor(prompt + ending))
+            labels.append(torch.tensor([-100] * len(prompt) + ending))
+        tokens = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
         return {
-            "pixel_values": model_file.preprocess(np.stack(frames), self.image_processor),
-            "input_ids": self.input_ids[answers],
-            "labels": self.labels[answers],
+            "pixel_values": model_file.resize(np.stack(frames), self.processor.image_processor),
+            "input_ids": tokens.view(len(rows), -1, tokens.shape[1]),
+            "labels": labels.view(len(rows), -1, labels.shape[1]),
         }
+
+
+@functools.cache
+def answer_tokens(tokenizer, answer):
+    return tokenizer(answer, add_special_tokens=False).input_ids
 
 
 class AnswerTrainer(Trainer):
@@ -114,24 +153,31 @@ class AnswerTrainer(Trainer):
 
 
 class EpochReport(TrainerCallback):
-    """After every epoch: validate, print a row, append it to lora_log.csv and redraw the graphs."""
+    """Before training and after every epoch: validate, print a row, append it to lora_log.csv and redraw the graphs."""
 
     def __init__(self, model, data, results):
         self.model, self.data, self.results, self.metrics, self.began = model, data, results, None, time.time()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0 and state.is_world_process_zero:
+            self.report(0, float("nan"))
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}) or not state.is_world_process_zero:
-            return
-        epoch = round(state.epoch)
+        if "loss" in (logs or {}) and state.is_world_process_zero:
+            self.report(round(state.epoch), logs["loss"])
+
+    def report(self, epoch, average_loss):
         self.metrics, confusion = validate(self.model, self.data, BATCH_SIZE)
-        row = {"epoch": epoch, "average_loss": logs["loss"], **self.metrics, "seconds": time.time() - self.began}
-        log = run_files.Log(
+        row = {"epoch": epoch, "average_loss": average_loss, **self.metrics, "seconds": time.time() - self.began}
+        log = run_files.Log(  # a resumed run repeats an epoch
             self.results / "lora_log.csv", key="epoch", keep_until=epoch - 1
-        )  # a resumed run repeats one
+        )
         log.write(row)
+        told = {name: x for name, x in self.metrics.items() if name.endswith("_taught")}
         tqdm.write(
-            f"epoch {epoch}: average loss {row['average_loss']:.4f}, validation {row['validation_loss']:.4f}, exact answers "
-            f"{row['exact_match']:.1%} (the commonest one: {row['majority_share']:.1%})"
+            f"epoch {epoch}: average loss {average_loss:.4f}, validation {row['validation_loss']:.4f}, exact answers "
+            f"{row['exact_match']:.1%} (the commonest one: {row['majority_share']:.1%}), under instructions "
+            f"{np.mean([*told.values()] or [np.nan]):.1%}, about the scene {row.get('exact_scene', np.nan):.1%}"
         )
         plots.draw_lora_loss(self.results)
         plots.draw_confusion(confusion, list(ANSWERS), self.results / "lora_confusion.png")
@@ -141,28 +187,34 @@ class EpochReport(TrainerCallback):
 def validate(model, data, batch_size):
     """What the answers are worth on held-out tracks.
 
-    Returns metrics and the confusion matrix, int64 (5, 6): teacher's answer by generated answer, the last column for
-    words that are no answer.
+    Returns metrics and the confusion matrix, int64 (5, 6): teacher's answer by generated answer to the plain question, the
+    last column for words that are no answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or
+    held-out phrasings; `exact_scene` those to the questions about the scene.
     """
-    model.git.eval()
     model.prepare()  # the answers are those of the weights as they are now
-    collate, answers = Collator(model.processor), list(ANSWERS)
+    collate, answers = Collator(model.processor, all_texts), list(ANSWERS)
     first_words, last = torch.tensor([ids[0] for ids in model.answers]), len(model.prompt) - 1
     confusion = np.zeros((len(answers), len(answers) + 1), dtype=np.int64)
-    loss, first_token_loss, tokens = 0.0, 0.0, 0
+    loss, first_token_loss, exact = 0.0, 0.0, collections.defaultdict(list)
     for indices in torch.arange(len(data)).split(batch_size):
-        rows = [data[i] for i in indices]
-        batch = {key: x.to(model.device) for key, x in collate(rows).items()}
-        labels, truth = batch.pop("labels")[:, 1:], torch.tensor([answer for _, answer in rows])
-        logits = model.git(**batch).logits[:, -batch["input_ids"].shape[1] :]  # the text rows
-        loss += F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum").item()
-        tokens += (labels != -100).sum().item()
-        first_token_loss += F.cross_entropy(logits[:, last].cpu(), first_words[truth], reduction="sum").item()
-        for text, true in zip(model.answer(np.stack([frame for frame, _ in rows])), truth.tolist()):
+        samples = [data[i] for i in indices]
+        batch = {key: x.to(model.device) for key, x in collate(samples).items()}
+        with model.autocast():
+            logits = git_forward.read_texts(model.weights, batch["pixel_values"], batch["input_ids"]).float()
+        right = git_forward.exactly_right(logits, batch["labels"]).tolist()
+        plain, frames = logits[:, 0], np.stack([frame for frame, _ in samples])
+        loss += git_forward.text_loss(logits, batch["labels"]).item() * len(samples)
+        truth = torch.tensor([row["answer"] for _, row in samples])
+        first_token_loss += F.cross_entropy(plain[:, last].cpu(), first_words[truth], reduction="sum").item()
+        for text, true in zip(model.answer(frames), truth.tolist()):
             confusion[true, answers.index(text) if text in answers else -1] += 1
-    model.git.train()
-    losses = {"validation_loss": loss / tokens, "first_token_loss": first_token_loss / len(data)}
-    return losses | summarize(confusion, first_words.numpy()), confusion
+        for (_, row), (_, *others) in zip(samples, right):
+            for told, correct in zip(row["told"], others):
+                exact[f"exact_{instructions.kind(told['instruction'])}_{told['split']}"].append(correct)
+            exact["exact_scene"] += others[len(row["told"]) :]
+    losses = {"validation_loss": loss / len(data), "first_token_loss": first_token_loss / len(data)}
+    by_kind = {name: float(np.mean(correct)) for name, correct in sorted(exact.items())}
+    return losses | summarize(confusion, first_words.numpy()) | by_kind, confusion
 
 
 def summarize(confusion, first_words):
@@ -190,6 +242,13 @@ def load_data():
     if len(train) < max(MIN_FRAMES, BATCH_SIZE):
         remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
         raise checks.BadInput(f"{DATA_DIR}/ has {len(train)} training frames, a sample: {remedy}")
+    if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:
+        raise checks.BadInput(f"{DATA_DIR}/train mixes frames of several settings: rerun collect_captions.py")
+    for told in (told for row in train.rows for told in row["told"]):
+        if instructions.is_held_out(told["instruction"], told["sentence"]):
+            raise checks.BadInput(
+                f"{DATA_DIR}/train says {told['sentence']!r}, which instructions.py holds out: rerun collect_captions.py"
+            )
     task = checks.read_json(ROOT / DATA_DIR / checkpoints.TASK_FILE)
     checks.check_same(f"{DATA_DIR}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
     return train, validation
@@ -243,7 +302,9 @@ def main():
     facts = model_file.task() | {"base_model": BASE_MODEL, "base_fingerprint": checkpoints.fingerprint(git)}
     data_hash = run_files.file_hash(ROOT / DATA_DIR / "train" / "metadata.jsonl")
     modules = globals(), vars(model_file), vars(car_racing_env)
-    run = run_files.describe_run(*modules, processes=world_size, data_hash=data_hash, **facts)
+    run = run_files.describe_run(
+        *modules, processes=world_size, data_hash=data_hash, instructions=instructions.digest(), **facts
+    )
     results = run_files.check_writable(ROOT / RESULTS_DIR)
     output = run_files.check_own(ROOT / OUTPUT_DIR, script, results, checkpoint_dir)
     if RESUME:
@@ -252,8 +313,8 @@ def main():
     elif rank == 0:
         run_files.clear(checkpoint_dir, script, results, output)
         run_files.write_run(checkpoint_dir, run)
-    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=LORA_TARGETS)
-    git = multiply_once(get_peft_model(git, lora))
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS)
+    git = get_peft_model(git_forward.train_by_this_pass(git, processor.image_processor), lora)
     if rank == 0:
         trainable, total = git.get_nb_trainable_parameters()
         print(

@@ -29,10 +29,10 @@ def load(split):
     """The split, its frames in grey, float32 (N, 2304) of 48 x 48 pixels, and its answers, int64 (N,)."""
     data = stage2.Captions(ROOT / stage2.DATA_DIR / split)
     frames, answers = [], []
-    for frame, answer in tqdm((data[i] for i in range(len(data))), total=len(data), desc=split, leave=False):
+    for frame, row in tqdm((data[i] for i in range(len(data))), total=len(data), desc=split, leave=False):
         grey = torch.tensor(frame, dtype=torch.float32).mean(-1)
         frames.append(F.avg_pool2d(grey[None, None], 2).flatten())
-        answers.append(answer)
+        answers.append(row["answer"])
     return data, torch.stack(frames), torch.tensor(answers)
 
 

@@ -19,7 +19,7 @@ import evaluate
 import GitText2ActionWithPrompt as model_file
 import train_git_lora_carllava_style as stage2
 from benchmarks import compare
-from fast.lora import multiply_once
+from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from support import checkpoints, checks
 from support.run_files import ROOT
@@ -105,12 +105,18 @@ class PerSample(torch.utils.data.Dataset):
         return len(self.captions)
 
     def __getitem__(self, index):
-        frame, answer = self.captions[index]
+        frame, row = self.captions[index]
+        answer = row["answer"]
         row = self.processor(
             images=frame, text=self.texts[answer], padding="max_length", max_length=self.length, return_tensors="pt"
         )
         labels = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
         return {key: x[0] for key, x in {**row, "labels": labels}.items()}
+
+
+def plain_text(row):
+    """The one text of a frame that the peer reads too."""
+    return [("", PROMPT, row["text"])]
 
 
 def make_trainer(captions, ours):
@@ -129,9 +135,11 @@ def make_trainer(captions, ours):
         save_strategy="no",
         disable_tqdm=True,
     )
-    data, collator = (captions, stage2.Collator(processor)) if ours else (PerSample(captions, processor), None)
-    git = get_peft_model(git, config)
-    return Trainer(multiply_once(git) if ours else git, arguments, data_collator=collator, train_dataset=data)
+    data, collator = (
+        (captions, stage2.Collator(processor, plain_text)) if ours else (PerSample(captions, processor), None)
+    )
+    git = git_forward.train_by_this_pass(git, processor.image_processor) if ours else git
+    return Trainer(get_peft_model(git, config), arguments, data_collator=collator, train_dataset=data)
 
 
 def compare_lora_epoch():

@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import train_git_lora_carllava_style as stage2
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, parse_answer, prompt_ids
+from GitText2ActionWithPrompt import PROMPT, GitText2ActionWithPrompt
 from support import checks, run_files
 from support.run_files import ROOT
 
@@ -30,23 +30,12 @@ PROMPTS = {
 }
 
 
-class Asked:
-    """The model, asked another question."""
-
-    def __init__(self, model, question):
-        self.model, self.question = model, question
-
-    def answer(self, frames):
-        """One of ANSWERS for each frame, or whatever else the model says."""
-        return [parse_answer(text) or text for text in self.model.ask(frames, self.question)]
-
-
-def exact_answers(asked, data):
+def exact_answers(model, data):
     """Share of the captions whose answer the model generates."""
-    right, answers = 0, list(ANSWERS)
+    right = 0
     for rows in torch.arange(len(data)).split(128):
         frames, truth = zip(*(data[i] for i in rows))
-        right += sum(said == answers[true] for said, true in zip(asked.answer(np.stack(frames)), truth))
+        right += sum(said == row["text"] for said, row in zip(model.answer(np.stack(frames)), truth))
     return right / len(data)
 
 
@@ -56,12 +45,11 @@ def main():
     data = stage2.Captions(ROOT / stage2.DATA_DIR / "validation")
     results = {}
     for name, prompt in PROMPTS.items():
-        asked = Asked(model, prompt)
-        answers, policy = evaluate.Answers(asked), evaluate.Policy(model)
-        model.prompt = prompt_ids(model.processor.tokenizer, prompt)
+        answers, policy = evaluate.Answers(model), evaluate.Policy(model)
+        model.question = prompt
         row = {
             "prompt": prompt,
-            "exact_answers": round(exact_answers(asked, data), 4),
+            "exact_answers": round(exact_answers(model, data), 4),
             "answers": evaluate.score(answers, TRACKS),
             "unparsable_share": round(answers.unparsable / answers.words, 4),
             "policy": evaluate.score(policy, TRACKS),

@@ -32,7 +32,7 @@ class Timed(GitText2ActionWithPrompt):
 
     seconds = 0.0
 
-    def encode(self, frames):
+    def encode(self, frames, instructions=""):
         began = time.perf_counter()
         result = super().encode(frames)
         self.seconds += time.perf_counter() - began
@@ -43,10 +43,9 @@ def decisions_per_second(model, num_envs):
     """Of `rollout`, and how much of the time the model's passes take."""
     num_steps = max(8, DECISIONS // num_envs)
     with contextlib.closing(ppo.make_envs(0, num_envs)) as envs:
-        frames, _ = envs.reset()
-        frames, _, _ = ppo.rollout(envs, frames, model, num_steps)  # to warm up
+        obs, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, num_steps)  # to warm up
         model.seconds, began = 0.0, time.perf_counter()
-        ppo.rollout(envs, frames, model, num_steps)
+        ppo.rollout(envs, obs, model, num_steps)
         total = time.perf_counter() - began
     return {
         "decisions_per_second": round(num_envs * num_steps / total, 1),

@@ -19,8 +19,9 @@ from gymnasium.envs.box2d.car_racing import CarRacing
 import car_racing_env
 from benchmarks import compare
 from car_racing_env import FRAME_SKIP, MAX_FRAMES
+from perturbations import RandomBursts
 from support import checks
-from teacher import PrivilegedState, RandomBursts, load_teacher
+from teacher import PrivilegedState, load_teacher
 
 TRACKS = range(8)
 IDENTICAL_TRACKS, IDENTICAL_FRAMES = range(1000, 1020), 500  # 10,000 frames on 20 tracks

@@ -1,9 +1,10 @@
-"""GIT's forward pass over plain tensors, for models that are not trained: Hugging Face's mathematics in fewer operations.
+"""GIT's forward pass over plain tensors: Hugging Face's mathematics in fewer operations, and several texts on one image.
 
-`prepare` takes the weights out of a `GitForCausalLM` once: query, key and value as one matrix, the pixels' normalisation
-inside the patch embedding, a LoRA added to its layer, and, on CPUs with AVX-512, matrices in oneDNN's own order.
-All other functions are pure functions of them and their inputs; image and text pass the decoder together.
-States and scores equal Hugging Face's within 1e-5 (tests/test_GitText2ActionWithPrompt.py).
+`collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation inside
+the patch embedding, a LoRA added to its layer. `prepare` does it once for a model that is not trained and, on CPUs with
+AVX-512, brings the matrices into oneDNN's own order. All other functions are pure functions of these weights and their
+inputs, and gradients flow through them. States, scores and gradients equal Hugging Face's
+(tests/test_GitText2ActionWithPrompt.py).
 """
 
 import functools
@@ -173,12 +174,12 @@ def embed(w, tokens, start=0):
     return w.text_norm(w.word_embeddings[tokens] + w.text_positions[start : start + tokens.shape[-1]])
 
 
-def decode(w, x, mask=None, cache=None, last=None):
+def decode(w, x, mask=None, cache=None, rows=None):
     """Decoder states of the rows x (B, T, D), and the cache that rows after them attend to.
 
     `cache` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
-    `mask` bool (T, rows before + T) says which row sees which; None: all see all. Only the last `last` rows leave
-    the last layer.
+    `mask` bool (T, rows before + T) says which row sees which; None: all see all. If `rows` int64 (B, R) is given, only
+    these leave the last layer: (B, R, D).
     """
     new_cache = []
     for i, layer in enumerate(w.decoder):
@@ -186,9 +187,10 @@ def decode(w, x, mask=None, cache=None, last=None):
         if cache is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(cache[i], (key, value)))
         new_cache.append((key, value))
-        if last and i + 1 == len(w.decoder):
-            x, query = x[:, -last:], query[:, :, -last:]
-            mask = None if mask is None else mask[-last:]
+        if rows is not None and i + 1 == len(w.decoder):
+            x = x.take_along_dim(rows[:, :, None], 1)
+            query = query.take_along_dim(rows[:, None, :, None], 2)
+            mask = None if mask is None else mask[rows][:, None]
         x = layer.norm1(x + linear(attend(query, key, value, mask), *layer.out))
         x = layer.norm2(x + linear(linear(x, *layer.up, layer.activation), *layer.down))
     return x, new_cache
@@ -203,21 +205,62 @@ def prefix_mask(image_rows, text_rows, device):
     return mask
 
 
-def read(w, pixels, tokens, last=1):
-    """One pass over image and text: the `last` states, float32 (B, last, D), and the cache for text that follows.
+def read(w, pixels, tokens, lengths, last=1):
+    """One pass over image and text: the `last` states of each text, float32 (B, last, D), and the cache for what follows.
 
-    `pixels` float32 (B, 3, S, S) from 0 to 255; `tokens` is a list of ids, the same text for every image.
+    `pixels` float32 (B, 3, S, S) from 0 to 255; `tokens` int64 (B, T) are a text for each image, `lengths` int64 (B,)
+    how many of them count: behind them is padding, which no row before it sees.
     """
     image = encode_image(w, pixels)
-    text = embed(w, torch.tensor([tokens], device=pixels.device)).expand(len(image), -1, -1)
-    mask = prefix_mask(image.shape[1], len(tokens), pixels.device)
-    states, cache = decode(w, torch.cat([image, text], 1), mask, last=last)
+    mask = prefix_mask(image.shape[1], tokens.shape[1], pixels.device)
+    rows = image.shape[1] + lengths[:, None] + torch.arange(-last, 0, device=pixels.device)
+    states, cache = decode(w, torch.cat([image, embed(w, tokens)], 1), mask, rows=rows)
     return states.float(), cache
 
 
+def read_texts(w, pixels, tokens):
+    """Logits (B, Q, T, vocabulary) of Q texts int64 (B, Q, T) on each of B images, whose rows are computed once."""
+    image = encode_image(w, pixels)
+    _, cache = decode(w, image, rows=torch.zeros(len(image), 0, dtype=torch.int64, device=image.device))  # none leaves
+    cache = [tuple(x.repeat_interleave(tokens.shape[1], 0) for x in pair) for pair in cache]
+    text = embed(w, tokens.flatten(0, 1))
+    mask = prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
+    return linear(decode(w, text, mask, cache)[0], *w.lm_head).unflatten(0, tokens.shape[:2])
+
+
+def text_loss(logits, labels):
+    """Cross-entropy of the texts' tokens, the mean over each text, then over the texts; labels (B, Q, T) are -100 elsewhere.
+
+    A short answer counts as much as a long sentence.
+    """
+    logits, labels = logits[..., :-1, :].float(), labels[..., 1:]
+    losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-100, reduction="none")
+    return (losses.view(labels.shape).sum(-1) / (labels != -100).sum(-1)).mean()
+
+
+def exactly_right(logits, labels):
+    """Whether greedy generation would say each text's labels and stop: bool (B, Q)."""
+    return ((logits[..., :-1, :].argmax(-1) == labels[..., 1:]) | (labels[..., 1:] == -100)).all(-1)
+
+
+def train_by_this_pass(git, image_processor):
+    """Make `git(pixel_values, input_ids, labels)` return the `text_loss` of `read_texts`; saving and PEFT do not notice.
+
+    `pixel_values` are from 0 to 255, as `read` wants them.
+    """
+
+    def forward(pixel_values, input_ids, labels):
+        logits = read_texts(collect(git, image_processor), pixel_values, input_ids)
+        return {"loss": text_loss(logits, labels), "logits": logits}
+
+    git.forward = forward
+    return git
+
+
 def generate(w, pixels, prompt, stop, max_tokens):
-    """Greedily chosen token ids after `prompt`, a list for each image, without `stop` and what follows it."""
-    states, cache = read(w, pixels, prompt)
+    """Greedily chosen token ids after `prompt`, a list of ids, for each image, without `stop` and what follows it."""
+    text = torch.tensor([prompt], device=pixels.device).expand(len(pixels), -1)
+    states, cache = read(w, pixels, text, torch.full((len(pixels),), len(prompt), device=pixels.device))
     tokens = torch.empty(len(pixels), 0, dtype=torch.int64, device=pixels.device)
     while tokens.shape[1] < max_tokens and not (tokens == stop).any(1).all():
         if tokens.shape[1]:

@@ -1,14 +1,16 @@
 """Make `offline/git-tiny/`: a small GIT that can see CarRacing and speak about it, but knows nothing of driving.
 
-Reads offline/teacher.safetensors, which drives (with bursts of random actions) through the frames it learns from.
+Reads offline/teacher.safetensors, which drives, under changing targets and thrown about, through the frames it learns from.
 Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.json. Each frame comes with several questions
-about the scene ("How does the road bend?", "How fast is the car?"), answered from the simulator's state; never with actions.
+about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Its vocabulary also
+holds the words of instructions.py, of which it has no idea yet.
 
-    python -m offline.make_git_tiny      # some 25 minutes on two CPU cores; the shipped one: git checkout offline/git-tiny
+    python -m offline.make_git_tiny      # 25 to 45 minutes on two CPU cores; the shipped one: git checkout offline/git-tiny
 """
 
 import functools
 import json
+import re
 import shutil
 import string
 import time
@@ -16,21 +18,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
+import instructions
+import questions
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
+from instructions import random_target
+from perturbations import RandomBursts, Throws
+from questions import describe
 from support import cards, checks, processes, run_files
 from support.run_files import ROOT
-from teacher import TEACHER, PrivilegedState, RandomBursts, load_teacher
+from teacher import TEACHER, PrivilegedState, load_teacher
 
 SHIPPED = "offline/git-tiny"  # in git, so it may be replaced
 OUTPUT_DIR = SHIPPED
+STATE = ROOT / "offline" / "git_tiny_state.pt"  # not in git: from which an interrupted run goes on
+RESUME = False
 SEED = 0
 
 TRAIN_FRAMES = 48_000
@@ -40,6 +48,8 @@ VALIDATION_TRACKS = range(100_000, 110_000)
 KEEP = 0.2  # share of decisions that become frames: neighbours look alike
 BURST_START = 0.06  # stronger bursts than in the captions: the eyes should know every situation
 BURST_LONGEST = 8  # decisions
+THROWN = 0.006  # chance per decision that the car is thrown about
+CHANGE = 0.01  # chance per decision that the target changes
 STUCK_LIMIT = 60  # decisions with all wheels on grass that end an episode
 NUM_WORKERS = 2
 
@@ -53,54 +63,11 @@ HEADS = 4
 EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
+WORDINGS = 3  # of each question
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 1.0
-
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
-OTHER_WORDS = "describe the weather like a poet ; please say what you see now and then answer with one word . which way to drive on"
-
-
-def signed(value, step, largest=12):
-    """ "left three" for about -3 * step, "middle" near zero."""
-    n = min(round(abs(value) / step), largest)
-    return "middle" if n == 0 else f"{'left' if value < 0 else 'right'} {NUMBERS[n]}"
-
-
-def count(value, step):
-    """ "three" for about 3 * step."""
-    return NUMBERS[int(np.clip(round(value / step), 0, 20))]
-
-
-def describe(state, track, tile):
-    """Questions about the scene and their answers, from privileged state and the road around the car."""
-
-    def turn(start, end):
-        """Degrees by which the road turns to the right between two of the next tiles."""
-        before, after = (track[(tile + i) % len(track), 1] for i in (start, end))
-        return np.degrees(np.angle(np.exp(-1j * (after - before))))
-
-    points = state[15:].reshape(-1, 2) * 20  # right, forward
-    grass = 4 - int(state[8:12].sum())
-    return {
-        "Where on the road is the car?": signed(state[12] * TRACK_WIDTH, 0.75),
-        "How is the car pointed?": signed(np.degrees(np.arctan2(state[13], state[14])), 4.0),
-        "How fast is the car?": count(state[0] * 50, 4.0),
-        "How is the car turning?": signed(-state[2] * 3, 0.2),
-        "How does the car slide?": signed(state[1] * 20, 1.0),
-        "How are the wheels steered?": signed(-state[3] * 0.4, 0.05),
-        "How fast are the wheels?": count(state[6] * 100, 10.0),
-        "Is the car on the grass?": NUMBERS[grass],
-        "How does the road bend?": signed(turn(0, 4), 7.0),
-        "How does the road bend next?": signed(turn(4, 8), 7.0),
-        "How does the road bend far ahead?": signed(turn(8, 12), 7.0),
-        "Where does the road go?": signed(points[2, 0], 0.8),
-        "Where does the road go next?": signed(points[5, 0], 1.5),
-        "Where does the road go far ahead?": signed(points[8, 0], 3.0),
-    }
+SAVE_EVERY = 100  # steps
 
 
 @functools.cache
@@ -110,30 +77,31 @@ def load_driver():
     return load_teacher()
 
 
-def drive(track_seed, keep, burst_start, burst_longest, stuck_limit):
+def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, change):
     """One episode: frames uint8 (n, 96, 96, 3) and a dict of answers for each."""
     teacher, rng = load_driver(), np.random.default_rng(track_seed)
-    env = car_racing_env.make_env(draw=False)
+    env = Throws(car_racing_env.make_env(draw=False), thrown, thrown)
     env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
     _, info = env.reset(seed=track_seed)
-    frames, answers, end, stuck = [], [], "", 0
+    frames, answers, end, stuck, target = [], [], "", 0, random_target(rng)
     while not end and stuck < stuck_limit:
-        action = int(teacher(torch.from_numpy(info["state"])[None]).argmax())
-        _, _, terminated, truncated, info = env.step(action)
+        _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
         end = car_racing_env.episode_end(terminated, truncated, info)
         stuck = 0 if info["state"][8:12].any() else stuck + 1
+        target = random_target(rng) if rng.random() < change else target
         if rng.random() < keep:
             frames.append(env.unwrapped.draw())
-            answers.append(describe(info["state"], env.track, env.tile))
-    return np.stack(frames), answers
+            answers.append(describe(info["state"], env.road))
+    return np.stack(frames or [env.unwrapped.draw()])[: len(answers)], answers
 
 
 def collect(tracks, num_frames):
     """The first `num_frames` frames of `tracks`, uint8 (N, 96, 96, 3), and a dict of answers for each."""
     frames, answers = [], []
     job = functools.partial(
-        drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT
-    )
+        drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT, thrown=THROWN,
+        change=CHANGE,
+    )  # fmt: skip
     with (
         processes.workers(NUM_WORKERS) as run_jobs,
         tqdm(total=num_frames, unit="frame", mininterval=5) as bar,
@@ -147,15 +115,24 @@ def collect(tracks, num_frames):
     return np.concatenate(frames)[:num_frames], answers[:num_frames]
 
 
-def make_processor(answers):
-    """WordPiece over the questions' and answers' words, the task's and some others, and the whole alphabet."""
-    texts = [*answers[0], *(answer for row in answers for answer in row.values())]
-    texts += [*NUMBERS, PROMPT, *ANSWERS, OTHER_WORDS]
-    words = sorted({word for text in texts for word in text.lower().replace("?", " ?").split()})
+def words_of(texts):
+    """The words and punctuation marks of some texts, as the tokenizer will see them."""
+    return {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
+
+
+def make_processor(answers=()):
+    """WordPiece over the words of questions, answers, instructions and task, and the whole alphabet.
+
+    `answers` are dicts of answers as `describe` returns them: what else they contain.
+    """
+    texts = [wording for wordings in questions.QUESTIONS.values() for wording in wordings]
+    texts += {answer for row in answers for answer in row.values()}
+    texts += [questions.number(n) for n in range(101)]
+    texts += sorted(instructions.taught_sentences() | instructions.held_out_sentences()) + [PROMPT, *ANSWERS]
     letters = string.ascii_lowercase + string.digits
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *letters]
     vocabulary += [f"##{letter}" for letter in letters]
-    vocabulary += [word for word in words if word not in vocabulary]
+    vocabulary += sorted(words_of(texts) - set(vocabulary))
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return GitProcessor(CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False), tokenizer)
@@ -185,70 +162,76 @@ def make_model(
     )
 
 
-def tokenize(tokenizer, answers):
-    """Rows `[CLS] question answer [SEP]` as int64 (frames, questions, T), and labels with -100 on all but the answer."""
-    questions = list(answers[0])
-    prompts = [model_file.prompt_ids(tokenizer, question) for question in questions]
-    endings = {answer: None for row in answers for answer in row.values()}
-    for answer in endings:
-        endings[answer] = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.sep_token_id]
-    length = max(map(len, prompts)) + 3
-    tokens = np.full((len(answers), len(questions), length), tokenizer.pad_token_id)
-    labels = np.full(tokens.shape, -100)
-    for i, row in enumerate(answers):
-        for j, (prompt, answer) in enumerate(zip(prompts, row.values())):
-            end = len(prompt) + len(endings[answer])
-            tokens[i, j, :end] = prompt + endings[answer]
-            labels[i, j, len(prompt) : end] = endings[answer]
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+class Texts:
+    """The rows `[CLS] question answer [SEP]` of frames and their questions; a frame's answers are numbers of a table."""
+
+    def __init__(self, tokenizer, answers):
+        self.pad, self.keys = tokenizer.pad_token_id, list(answers[0])
+        table = {answer: None for row in answers for answer in row.values()}
+        numbers = {answer: i for i, answer in enumerate(table)}
+        self.endings = [[*tokenizer(x, add_special_tokens=False).input_ids, tokenizer.sep_token_id] for x in table]
+        self.prompts = [
+            [model_file.prompt_ids(tokenizer, "", wording) for wording in questions.QUESTIONS[key]] for key in self.keys
+        ]
+        self.answers = np.array([[numbers[row[key]] for key in self.keys] for row in answers])
+
+    def __call__(self, frames, asked, wordings):
+        """Token ids and labels int64 (B, Q, T) of `asked` (B, Q), indices of questions, in `wordings` (B, Q), for `frames` (B,).
+
+        Labels are -100 on all but the answer.
+        """
+        rows = [
+            (self.prompts[q][w], self.endings[self.answers[frame, q]])
+            for frame, qs, ws in zip(frames.tolist(), asked.tolist(), wordings.tolist())
+            for q, w in zip(qs, ws)
+        ]
+        tokens = [torch.tensor(prompt + ending) for prompt, ending in rows]
+        labels = [torch.tensor([-100] * len(prompt) + ending) for prompt, ending in rows]
+        tokens = pad_sequence(tokens, batch_first=True, padding_value=self.pad)
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+        return tokens.view(*asked.shape, -1), labels.view(*asked.shape, -1)
 
 
-def answer_logits(model, frames, tokens):
-    """Logits (B * Q, T, vocabulary) of Q texts (B, Q, T) on each of B frames, the image rows computed once."""
-    questions, image_processor = tokens.shape[1], model.processor.image_processor
-    weights = git_forward.collect(model.git, image_processor)  # anew at each step, so that gradients flow into them
-    image = git_forward.encode_image(weights, model_file.resize(frames, image_processor))
-    _, cache = git_forward.decode(weights, image)
-    cache = [(key.repeat_interleave(questions, 0), value.repeat_interleave(questions, 0)) for key, value in cache]
-    text = git_forward.embed(weights, tokens.flatten(0, 1))
-    mask = git_forward.prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
-    return git_forward.linear(git_forward.decode(weights, text, mask, cache)[0], *weights.lm_head)
+def answer(model, frames, tokens):
+    """Logits (B, Q, T, vocabulary) of texts (B, Q, T) on frames uint8 (B, 96, 96, 3), with gradients for all weights."""
+    weights = git_forward.collect(model.git, model.processor.image_processor)
+    return git_forward.read_texts(weights, model.pixels(frames), tokens)
 
 
-def answer_loss(logits, labels):
-    """Cross-entropy per answer token of logits (B * Q, T, vocabulary) and labels (B, Q, T)."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[..., 1:].flatten(), ignore_index=-100)
+def batches(num_frames, first_step):
+    """Steps from `first_step` on, each with the frames of its batch, int64 (BATCH_SIZE,); every epoch has an order of its own."""
+    per_epoch = num_frames // BATCH_SIZE
+    for step in range(first_step, EPOCHS * per_epoch):
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(num_frames, generator=torch.Generator().manual_seed(1000 * SEED + epoch))
+        yield step, order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
 
 
-def train_epoch(model, optimizer, schedule, frames, tokens, labels):
-    """Each frame once, with QUESTIONS_PER_FRAME of its questions; returns the mean loss."""
-    losses, steps = [], len(frames) // BATCH_SIZE
-    bar = tqdm(torch.randperm(len(frames)).split(BATCH_SIZE)[:steps], mininterval=10)
-    for rows in bar:
-        pick = torch.rand(len(rows), tokens.shape[1]).argsort(1)[:, :QUESTIONS_PER_FRAME]
-        text, label = tokens[rows[:, None], pick], labels[rows[:, None], pick]
-        loss = answer_loss(answer_logits(model, frames[rows], text), label)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.git.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-    return float(np.mean(losses))
+def train_step(model, optimizer, schedule, frames, texts, rows):
+    """One step on the frames `rows`, with QUESTIONS_PER_FRAME of the questions of each in any wording; returns the loss."""
+    asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
+    tokens, labels = texts(rows, asked, torch.randint(WORDINGS, asked.shape))
+    loss = git_forward.text_loss(answer(model, frames[rows], tokens), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.git.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
 
 
 @torch.no_grad()
-def evaluate(model, frames, tokens, labels, questions):
+def evaluate(model, frames, texts):
     """Share of wholly right answers per question, and the mean loss, on held-out tracks."""
     right, losses = [], []
     for rows in torch.arange(len(frames)).split(BATCH_SIZE):
-        logits, label = answer_logits(model, frames[rows], tokens[rows]), labels[rows]
-        losses.append(answer_loss(logits, label).item())
-        said, label = logits[:, :-1].argmax(-1), label.flatten(0, 1)[:, 1:]
-        right.append(((said == label) | (label == -100)).all(-1).view(len(rows), -1))
+        asked = torch.arange(len(texts.keys)).expand(len(rows), -1)
+        tokens, labels = texts(rows, asked, torch.randint(WORDINGS, asked.shape))
+        logits = answer(model, frames[rows], tokens)
+        losses.append(git_forward.text_loss(logits, labels).item())
+        right.append(git_forward.exactly_right(logits, labels))
     shares = torch.cat(right).float().mean(0).tolist()
-    return {question: round(share, 3) for question, share in zip(questions, shares)}, float(np.mean(losses))
+    return {key: round(share, 3) for key, share in zip(texts.keys, shares)}, float(np.mean(losses))
 
 
 def save(model, run, loss, validation_loss, accuracy):
@@ -282,23 +265,39 @@ def main():
         globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
     )
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, some 25 minutes on two CPU cores with the default constants; replaces "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 25 to 45 minutes on two CPU cores with the default constants; replaces "
         f"{OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers = collect(TRAIN_TRACKS, TRAIN_FRAMES)
     validation_frames, validation_answers = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)
     processor = make_processor(answers)
-    train = torch.from_numpy(frames), *tokenize(processor.tokenizer, answers)
-    validation = torch.from_numpy(validation_frames), *tokenize(processor.tokenizer, validation_answers)
+    train = torch.from_numpy(frames), Texts(processor.tokenizer, answers)
+    validation = torch.from_numpy(validation_frames), Texts(processor.tokenizer, validation_answers)
     model = GitText2ActionWithPrompt(make_model(processor.tokenizer), processor)
     print(f"{sum(p.numel() for p in model.git.parameters()):,} parameters, {len(processor.tokenizer)} words")
     optimizer = torch.optim.AdamW(model.git.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(frames) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
-    for epoch in range(1, EPOCHS + 1):
-        loss = train_epoch(model, optimizer, schedule, *train)
-        accuracy, validation_loss = evaluate(model, *validation, list(answers[0]))
-        print(f"epoch {epoch} loss {loss:.4f} validation {validation_loss:.4f} {json.dumps(accuracy)}", flush=True)
+    parts, losses, first = {"git": model.git, "optimizer": optimizer, "schedule": schedule}, [], 0
+    if RESUME:
+        state = run_files.load_state(STATE)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first, losses = state["step"], state["losses"]
+        torch.set_rng_state(state["rng"])
+    for step, rows in (bar := tqdm(batches(len(frames), first), initial=first, total=steps, mininterval=10)):
+        losses.append(train_step(model, optimizer, schedule, *train, rows))
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+        if (step + 1) % SAVE_EVERY == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            run_files.save_state(STATE, state | {"step": step + 1, "losses": losses, "rng": torch.get_rng_state()})
+        if (step + 1) % (steps // EPOCHS) == 0:
+            accuracy, validation_loss = evaluate(model, *validation)
+            loss = float(np.mean(losses[-(steps // EPOCHS) :]))
+            tqdm.write(
+                f"epoch {(step + 1) * EPOCHS // steps}: loss {loss:.4f} validation {validation_loss:.4f} {json.dumps(accuracy)}"
+            )
+    STATE.unlink(missing_ok=True)
     save(model, run, loss, validation_loss, accuracy)
     print(
         f"wrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s; next: python collect_captions.py, then "

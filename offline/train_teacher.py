@@ -3,10 +3,12 @@
 Reads nothing. Writes offline/teacher.safetensors (the running average of the actor's weights, not the best of many
 evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run goes on.
 
-    python -m offline.train_teacher      # some 40 minutes on two CPU cores
+    python -m offline.train_teacher      # 40 to 60 minutes on two CPU cores
 
-The actor sees the car and 12 tiles of road; the critic alone also sees time, visited share and missed tiles. Each worker
-process rolls out its environments with its own copy of the policy, so that no step crosses a process border.
+The actor sees the car, 12 tiles of road and a target: a speed, a side of the road, standing still, or none, when it races.
+Targets change while it drives, and now and then the car is thrown about, so that it learns to come back from anywhere.
+The critic alone also sees time, visited share and missed tiles. Each worker process rolls out its environments with its own
+copy of the policy, so that no step crosses a process border.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import functools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +27,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import car_racing_env
+from instructions import TARGET_SIZE, Told, random_target
+from perturbations import RandomBursts, Throws
 from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
 from support import checks, processes, run_files
 from support.run_files import ROOT
-from teacher import STATE_SIZE, PrivilegedState, RandomBursts, Teacher, make_evaluation_env
+from teacher import STATE_SIZE, PrivilegedState, Teacher, make_evaluation_env
 
 OUTPUT_DIR = "offline"
 SEED = 0
@@ -36,11 +41,23 @@ RESUME = False  # continue from offline/teacher_state.pt, the last evaluation's
 NUM_WORKERS = 2  # processes, each with its own environments and a copy of the policy
 ENVS_PER_WORKER = 16
 NUM_STEPS = 512  # decisions per environment and update
-TOTAL_UPDATES = 400  # x 16,384 decisions
+TOTAL_UPDATES = 300  # x 16,384 decisions
 BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
 BURST_LONGEST = 7  # decisions
+PLAIN_UPDATES = 30  # first it learns to race; over as many again throws and targets come in
+TARGETS = 0.5  # share of the time with a target
+THROWN_AT_START = 0.3  # share of the episodes that begin with the car thrown about
+THROWN = 0.003  # chance of it per decision later
+CHANGE = 0.006  # chance per decision that the target changes
 REWARDS = dataclasses.replace(  # no ramp and no bonus: this critic knows how much of the lap is left
-    car_racing_env.REWARDS, grass_penalty=10.0, miss_penalty=10.0, penalty_ramp=0.0, lap_bonus=0.0
+    car_racing_env.REWARDS,
+    grass_limit=200,  # frames, enough to turn round beside the road
+    grass_penalty=10.0,
+    miss_penalty=10.0,
+    penalty_ramp=0.0,
+    lap_bonus=0.0,
+    thrown_grace=0,
+    progress=0.5,
 )
 
 LEARNING_RATE = 5e-4  # falls linearly to a fiftieth
@@ -58,13 +75,17 @@ EVAL_EVERY = 20  # updates
 EVAL_TRACKS = range(100_000, 100_100)
 
 
-class Critic(nn.Module):
-    """Value of privileged state plus what only the critic may know: time, visited share, missed tiles."""
+SEEN = STATE_SIZE + TARGET_SIZE  # by the actor
+KNOWN = 4  # numbers that only the critic sees
 
-    def __init__(self, hidden_size=128):
+
+class Critic(nn.Module):
+    """Value of what the actor sees plus what only the critic may know: time, visited share, missed tiles, time on grass."""
+
+    def __init__(self, hidden_size=192):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(STATE_SIZE + 3, hidden_size),
+            nn.Linear(SEEN + KNOWN, hidden_size),
             nn.Tanh(),
             nn.Linear(hidden_size, hidden_size),
             nn.Tanh(),
@@ -83,32 +104,66 @@ def networks():
 # in a worker process
 
 
+class Settings(NamedTuple):
+    """What a worker's environments are made with, and how much of it."""
+
+    seed: int
+    num_envs: int
+    rewards: car_racing_env.Rewards
+    burst_start: float
+    burst_longest: int
+    targets: float
+    thrown_at_start: float
+    thrown: float
+    change: float
+
+
 @functools.cache
-def worker_envs(seed, num_envs, rewards, burst_start, burst_longest):
-    """This process's environments, made once, and what their critics see now, float32 (N, STATE_SIZE + 3)."""
+def worker_envs(settings):
+    """This process's environments, made once, and what their critics see now, float32 (N, SEEN + KNOWN)."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     envs = []
-    for env_seed in range(1000 * seed, 1000 * seed + num_envs):
-        env = car_racing_env.make_training_env(env_seed, rewards, draw=False)
-        envs.append(PrivilegedState(RandomBursts(env, env_seed, burst_start, burst_longest)))
+    for env_seed in range(1000 * settings.seed, 1000 * settings.seed + settings.num_envs):
+        env = car_racing_env.make_env(draw=False)
+        env = car_racing_env.TrainingRewards(Throws(env), env_seed, settings.rewards)
+        env = car_racing_env.Instructed(env, functools.partial(draw, share=0.0), settings.change)
+        envs.append(PrivilegedState(RandomBursts(env, env_seed, settings.burst_start, settings.burst_longest)))
     return envs, np.stack([critic_state(env, env.reset()[1]) for env in envs])
 
 
+def draw(rng, share):
+    """A target without words, as `Instructed` wants it; with probability 1 - `share` none."""
+    return Told("", "", "", random_target(rng, share))
+
+
 def critic_state(env, info):
-    """What the critic sees, float32 (STATE_SIZE + 3,): privileged state, time, visited share and missed tiles."""
-    base, missed = env.unwrapped, env.get_wrapper_attr("missed_tiles")
+    """What the critic sees, float32 (SEEN + KNOWN,): state, target, time, visited share, missed tiles, time on grass."""
+    base, missed, target = (env.unwrapped, *map(env.get_wrapper_attr, ("missed_tiles", "target")))
     known = [base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5]
-    return np.append(info["state"], np.float32(known))
+    known.append(env.get_wrapper_attr("grass_frames") / REWARDS.grass_limit)
+    return np.concatenate([info["state"], target.encode(), np.float32(known)])
 
 
 @torch.no_grad()
-def rollout(seed, num_envs, rewards, burst_start, burst_longest, num_steps, weights):
+def rollout(settings, num_steps, weights, difficulty):
     """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
 
-    Returns a dict of arrays (T, N, ...) and the finished episodes.
+    `difficulty` from 0 to 1 scales targets, throws and what rewards give for them. Returns a dict of arrays (T, N, ...) and the finished episodes.
     """
-    envs, states = worker_envs(seed, num_envs, rewards, burst_start, burst_longest)
+    envs, states = worker_envs(settings)
+    num_envs = len(envs)
+    rewards, easy = settings.rewards, car_racing_env.REWARDS
+    rewards = dataclasses.replace(
+        rewards,
+        progress=difficulty * rewards.progress,
+        grass_limit=round(easy.grass_limit + difficulty * (rewards.grass_limit - easy.grass_limit)),
+    )
+    for env in envs:
+        env.set_wrapper_attr("rewards", rewards)
+        env.set_wrapper_attr("draw_instruction", functools.partial(draw, share=difficulty * settings.targets))
+        env.set_wrapper_attr("at_start", difficulty * settings.thrown_at_start)
+        env.set_wrapper_attr("chance", difficulty * settings.thrown)
     actor, critic = networks()
     actor.load_state_dict(weights[0])
     critic.load_state_dict(weights[1])
@@ -119,7 +174,7 @@ def rollout(seed, num_envs, rewards, burst_start, burst_longest, num_steps, weig
     episodes = []
     for t in range(num_steps):
         state = torch.from_numpy(states.copy())
-        log_probs = actor(state[:, :STATE_SIZE]).log_softmax(-1)
+        log_probs = actor(state[:, :SEEN]).log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)
         data["state"][t], data["action"][t], data["value"][t] = state, action[:, 0], critic(state)
         data["log_prob"][t] = log_probs.gather(1, action)[:, 0]
@@ -153,8 +208,7 @@ def drive(weights, track):
     _, info = env.reset(seed=track)
     total, end = 0.0, ""
     while not end:
-        action = int(actor(torch.from_numpy(info["state"])[None]).argmax())
-        _, reward, terminated, truncated, info = env.step(action)
+        _, reward, terminated, truncated, info = env.step(actor.act(info["state"][None])[0])
         total += reward
         end = car_racing_env.episode_end(terminated, truncated, info)
     return total, end
@@ -169,8 +223,10 @@ def make_workers(stack, first_update):
     for rank in range(NUM_WORKERS):
         pool = stack.enter_context(ProcessPoolExecutor(1, context, processes.start_worker))
         seed = 1000 * (SEED + 7919 * (first_update - 1)) + rank  # a resumed run starts new episodes
-        settings = seed, ENVS_PER_WORKER, REWARDS, BURST_START, BURST_LONGEST, NUM_STEPS
-        workers.append((pool, functools.partial(rollout, *settings)))
+        settings = Settings(
+            seed, ENVS_PER_WORKER, REWARDS, BURST_START, BURST_LONGEST, TARGETS, THROWN_AT_START, THROWN, CHANGE
+        )
+        workers.append((pool, functools.partial(rollout, settings, NUM_STEPS)))
     return workers
 
 
@@ -179,10 +235,10 @@ def copy_weights(module):
     return {name: p.clone() for name, p in module.state_dict().items()}
 
 
-def collect(workers, actor, critic):
+def collect(workers, actor, critic, difficulty):
     """Everyone's rollout: a dict of tensors (T, N, ...), and the finished episodes."""
     weights = copy_weights(actor), copy_weights(critic)
-    running = [pool.submit(roll_out, weights) for pool, roll_out in workers]
+    running = [pool.submit(roll_out, weights, difficulty) for pool, roll_out in workers]
     parts, episodes = zip(*(future.result() for future in running))
     data = {name: torch.from_numpy(np.concatenate([part[name] for part in parts], 1)) for name in parts[0]}
     return data, sum(episodes, [])
@@ -203,7 +259,7 @@ def update(actor, critic, optimizer, batch):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
             b = {name: x[rows] for name, x in batch.items()}
             advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
-            logits, value = actor(b["state"][:, :STATE_SIZE]), critic(b["state"])
+            logits, value = actor(b["state"][:, :SEEN]), critic(b["state"])
             terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
             loss = terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + VALUE_COEF * terms["value_loss"]
             optimizer.zero_grad()
@@ -261,7 +317,7 @@ def main():
             part.load_state_dict(state[name])
         first, began = state["update"] + 1, began - state["seconds"]
     print(
-        f"{TOTAL_UPDATES} updates, some 40 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
+        f"{TOTAL_UPDATES} updates, 40 to 60 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
         "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout offline/teacher.safetensors)"
     )
     log = run_files.Log(output / "teacher_log.csv", keep_until=first - 1 if RESUME else None)
@@ -269,7 +325,8 @@ def main():
         workers = make_workers(stack, first)
         for number in tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update"):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.98 * (number - 1) / TOTAL_UPDATES)
-            data, episodes = collect(workers, actor, critic)
+            difficulty = float(np.clip(number / PLAIN_UPDATES - 1, 0, 1))
+            data, episodes = collect(workers, actor, critic, difficulty)
             batch = make_batch(data, normalizer)
             terms = update(actor, critic, optimizer, batch)
             average.update_parameters(actor)

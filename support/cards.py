@@ -149,7 +149,9 @@ random bursts of 1-{burst_longest} decisions (start {burst_start:.0%}). The spli
 {table}
 
 Episodes dropped because the car was stuck: {stuck[train]} training, {stuck[validation]} validation.
-Columns: `file_name`, `text` (the answer), `prompt`, `action` (the simulator's index), `track_seed`, `frame`.
+Columns: `file_name`, `text` (the answer), `prompt`, `action` (the simulator's index), `track_seed`, `frame`; `told`, the
+answers under {dreamed} instructions each (`instruction`, `split` of its phrasing, `sentence`, `text`); `asked`, {asked} questions
+about the scene each (`about`, `question`, `text`).
 
 ```python
 datasets.load_dataset("imagefolder", data_dir="{folder}")
@@ -171,7 +173,7 @@ BASE = """
 A GIT (image encoder + text decoder) of {parameters:,} parameters and {words} words for Gymnasium's CarRacing: {shape}.
 It answers questions about the scene, which were answered from the simulator's state while training; it was never shown an action.
 
-Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy per answer token {loss:.3f}, on frames of held-out
+Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy of the answers, per token, {loss:.3f}, on frames of other
 tracks {validation_loss:.3f}. Wholly right answers there:
 
 | question | right |

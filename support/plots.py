@@ -118,7 +118,7 @@ def draw_lora_loss(results):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left.plot(epochs, column(rows, "average_loss"), "o-", label="training, average of the epoch")
     left.plot(epochs, column(rows, "validation_loss"), "o-", label="validation tracks")
-    left.set(title="LoRA's loss", xlabel="epoch", ylabel="cross-entropy per answer token (nats)", ylim=(0, None))
+    left.set(title="LoRA's loss", xlabel="epoch", ylabel="cross-entropy per answer (nats a token)", ylim=(0, None))
     right.plot(epochs, 100 * column(rows, "exact_match"), "o-", color="tab:green", label="the model's answers")
     majority = 100 * column(rows, "majority_share")[-1]
     right.axhline(majority, color="grey", ls="--", label="always the commonest answer")

@@ -17,6 +17,7 @@ from offline import make_git_tiny
 from support.run_files import ROOT
 
 TOY_SHAPE = dict(patch_size=24, width=32, vision_layers=1, text_layers=2, heads=2)
+TALKING = dict(THROWN=0.003, TOLD_SHARE=0.5, DREAMED=4, ASKED=2)  # stage 1 under instructions
 TOY_PPO = dict(NUM_ENVS=2, TORCH_THREADS=1, TOTAL_UPDATES=2, EVALUATIONS=1, WARMUP_UPDATES=1, VIDEO_EVERY=1000)
 
 
@@ -50,7 +51,7 @@ def script():
 def make_toy_base(folder, seed=0):
     """A GIT of 16 patches and width 32, untrained, saved in the Hub's layout."""
     torch.manual_seed(seed)
-    processor = make_git_tiny.make_processor([{"How fast is the car?": "zero"}])
+    processor = make_git_tiny.make_processor()
     make_git_tiny.make_model(processor.tokenizer, **TOY_SHAPE).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -80,19 +81,19 @@ def run_pipeline(root, toy_base):
     )
     data, adapter, results = str(made.data), str(made.adapter), str(made.results)
     before = dict(sys.modules)
-    edit("car_racing_env", MAX_FRAMES=120)  # short evaluations and films
+    edit("car_racing_env", MAX_FRAMES=60)  # short evaluations and films
     for name in ("teacher", "film"):
         edit(name)
     made.evaluate = edit("evaluate")
-    edit("collect_captions", OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1).main()
+    edit("collect_captions", OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1, **TALKING).main()
     edit(
         "train_git_lora_carllava_style", BASE_MODEL=str(toy_base), DATA_DIR=data, OUTPUT_DIR=adapter,
         RESULTS_DIR=results, CHECKPOINT_DIR=str(root / "checkpoints"), MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16,
-        LORA_RANK=4,
+        LORA_RANK=4, REWORDED=0.5,
     ).main()  # fmt: skip
     edit(
-        "ppo_git_with_prompt", **TOY_PPO | dict(TOTAL_UPDATES=3), MODEL=adapter, RESULTS_DIR=results, NUM_STEPS=120,
-        MINIBATCH_SIZE=60, EVAL_TRACKS=range(100_000, 100_001),
+        "ppo_git_with_prompt", **TOY_PPO | dict(TOTAL_UPDATES=3), MODEL=adapter, RESULTS_DIR=results, NUM_STEPS=60,
+        MINIBATCH_SIZE=60, INSTRUCTED_ENVS=1, EVAL_TRACKS=range(100_000, 100_001),
     ).main()  # fmt: skip
     edit("evaluate", DRIVER="policy", POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=2, NUM_ENVS=2).main()
     sys.modules.update({name: before[name] for name in sys.modules.keys() & before.keys()})

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fast import git_forward
-from fast.lora import multiply_once
 from GitText2ActionWithPrompt import LORA_TARGETS, PROMPT, GitText2ActionWithPrompt, preprocess, prompt_ids, resize
 
 ONEDNN = pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here"))
@@ -17,7 +16,7 @@ TOKENS = torch.arange(5, 26).reshape(3, 7)
 def inputs(model, frames, question=PROMPT):
     """What Hugging Face's forward wants: the processor's pixels, and `[CLS] question`."""
     pixels = model.processor.image_processor(images=list(frames.numpy()), return_tensors="pt").pixel_values
-    tokens = torch.tensor(prompt_ids(model.processor.tokenizer, question))
+    tokens = torch.tensor(prompt_ids(model.processor.tokenizer, "", question))
     return {"pixel_values": pixels, "input_ids": tokens.expand(len(frames), -1)}
 
 
@@ -38,19 +37,19 @@ def random_model(toy_model):
     return toy_model
 
 
-def run(weights, pixels, last=None):
-    """States of image and text, and the text's logits."""
+def run(weights, pixels, rows=None):
+    """States of image and text, or of some `rows` of them, and the text's logits."""
     image = git_forward.encode_image(weights, pixels)
-    rows = torch.cat([image, git_forward.embed(weights, TOKENS)], 1)
-    mask = git_forward.prefix_mask(image.shape[1], TOKENS.shape[1], rows.device)
-    states, _ = git_forward.decode(weights, rows, mask, last=last)
+    x = torch.cat([image, git_forward.embed(weights, TOKENS)], 1)
+    mask = git_forward.prefix_mask(image.shape[1], TOKENS.shape[1], x.device)
+    states, _ = git_forward.decode(weights, x, mask, rows=rows)
     return states, git_forward.linear(states[:, -TOKENS.shape[1] :], *weights.lm_head)
 
 
 @pytest.mark.parametrize("onednn", [False, ONEDNN])
 @torch.no_grad()
 def test_the_pass_is_hugging_faces(onednn, random_model, frames):
-    """All rows, and the last ones alone."""
+    """All rows, and some of each image's alone."""
     git, processor = random_model.git, random_model.processor.image_processor
     output = git(**inputs(random_model, frames) | {"input_ids": TOKENS}, output_hidden_states=True)
     weights, pixels = git_forward.prepare(git, processor, onednn=onednn), resize(frames, processor)
@@ -58,7 +57,9 @@ def test_the_pass_is_hugging_faces(onednn, random_model, frames):
     states, logits = run(weights, pixels)
     assert torch.allclose(states, output.hidden_states[-1], atol=1e-5)
     assert torch.allclose(logits, output.logits[:, -7:], atol=1e-5)
-    assert torch.allclose(run(weights, pixels, last=7)[0], states[:, -7:], atol=1e-5)
+    rows = torch.tensor([[3, 20], [17, 18], [23, 0]])
+    chosen = torch.stack([states[i, row] for i, row in enumerate(rows)])
+    assert torch.allclose(run(weights, pixels, rows)[0], chosen, atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -77,17 +78,33 @@ def test_gradients_are_hugging_faces(lora, random_model, frames):
         assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-5), name
 
 
-def test_a_lora_multiplied_once_is_pefts(toy_model, frames):
-    """The same loss and gradients."""
-    lora = LoraConfig(r=3, lora_alpha=5, target_modules=LORA_TARGETS, init_lora_weights=False)
-    git, results = get_peft_model(toy_model.git, lora), []
-    trained = [p for p in git.parameters() if p.requires_grad]
-    for _ in range(2):
-        logits = git(**inputs(toy_model, frames) | {"input_ids": TOKENS}).logits[:, -7:]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-        results.append([loss, *torch.autograd.grad(loss, trained)])
-        multiply_once(git)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*results)) and len(trained) > 30
+def test_several_texts_on_one_image_are_hugging_faces(random_model, frames):
+    """Loss, gradients and what is exactly right, by a forward of its own for each text; padding changes nothing."""
+    git, tokenizer = random_model.git, random_model.processor.tokenizer
+    git = get_peft_model(git, LoraConfig(r=3, lora_alpha=5, target_modules=LORA_TARGETS, init_lora_weights=False))
+    prompts = [[prompt_ids(tokenizer, "", "How fast is the car?"), prompt_ids(tokenizer, "Stop.")]] * 3
+    answers = [[[60 + i, 61], [62, 63, 64 + i]] for i in range(3)]
+    tokens, labels = (torch.full((3, 2, 25), pad) for pad in (tokenizer.pad_token_id, -100))
+    losses, right = [], []
+    for i, j in ((i, j) for i in range(3) for j in range(2)):
+        prompt, answer = prompts[i][j], answers[i][j]
+        text = torch.tensor([prompt + answer])
+        tokens[i, j, : text.shape[1]] = text
+        labels[i, j, len(prompt) : text.shape[1]] = torch.tensor(answer)
+        logits = git(**inputs(random_model, frames[i : i + 1]) | {"input_ids": text}).logits[0, -text.shape[1] :]
+        logits = logits[len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(answer)))
+        right.append(logits.argmax(-1).tolist() == answer)
+    trained, pixels = [p for p in git.parameters() if p.requires_grad], random_model.pixels(frames)
+    theirs = [torch.stack(losses).mean()]
+    theirs += torch.autograd.grad(theirs[0], trained)
+    git_forward.train_by_this_pass(git.get_base_model(), random_model.processor.image_processor)
+    output = git(pixel_values=pixels, input_ids=tokens, labels=labels)
+    ours = [output["loss"], *torch.autograd.grad(output["loss"], trained)]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs)) and len(trained) > 30
+    labels[0, 1][labels[0, 1] != -100] = output["logits"][0, 1].argmax(-1)[:-1][labels[0, 1, 1:] != -100]
+    right[1] = True
+    assert git_forward.exactly_right(output["logits"], labels).flatten().tolist() == right
 
 
 @torch.no_grad()
@@ -97,6 +114,15 @@ def test_one_pass_equals_hugging_face(toy_model, frames):
     states = toy_model.git.git(**inputs(toy_model, frames)).last_hidden_state
     assert torch.allclose(features, states[:, -1], atol=1e-5)
     assert torch.allclose(toy_model.features(frames), states[:, -1], atol=1e-5)
+    told = ["", "Keep left.", "Please drive at speed thirty-five."]
+    for one, several in zip(
+        zip(*(toy_model(frames[i : i + 1], said) for i, said in enumerate(told))), toy_model(frames, told)
+    ):
+        assert torch.allclose(torch.cat(one), several, atol=1e-5)
+    spoken = inputs(toy_model, frames[1:2], f"{told[1]} {PROMPT}")
+    assert torch.allclose(
+        toy_model.features(frames, told)[1], toy_model.git.git(**spoken).last_hidden_state[0, -1], atol=1e-5
+    )
     pixels, expected = preprocess(frames, toy_model.processor.image_processor), []
     assert torch.allclose(pixels, inputs(toy_model, frames)["pixel_values"], atol=1e-6)
     for answer in toy_model.answers:
@@ -109,7 +135,7 @@ def test_one_pass_equals_hugging_face(toy_model, frames):
 @pytest.mark.parametrize("question", [PROMPT, "How fast is the car?"])
 def test_asking_equals_generate(random_model, frames, question):
     asked = inputs(random_model, frames, question)
-    words = random_model.git.generate(**asked, max_new_tokens=6, do_sample=False)[:, asked["input_ids"].shape[1] :]
+    words = random_model.git.generate(**asked, max_new_tokens=16, do_sample=False)[:, asked["input_ids"].shape[1] :]
     theirs = random_model.processor.tokenizer.batch_decode(words, skip_special_tokens=True)
     assert random_model.ask(frames, question) == theirs
 

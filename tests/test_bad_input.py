@@ -56,12 +56,20 @@ def set_nan(path):
 
 
 TASK = {"prompt": "Why?", "answers": ["Fly"], "frame_skip": 4}
+HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Slowly, please.", "text": "Brake"}'
 CASES = [  # script, a constant of it, what is spoiled and how, what the message names
     (COLLECT, {"POLICY": "no/policy"}, "", nothing, "no/policy"),
     (COLLECT, {"ANSWER_BY": "nobody"}, "", nothing, "ANSWER_BY"),
     (STAGE2, {}, "CarRacing-Data/train", remove, "CarRacing-Data/train"),
     (STAGE2, {}, "CarRacing-Data/train/metadata.jsonl", cut, "metadata.jsonl"),
     (STAGE2, {}, "CarRacing-Data/train/metadata.jsonl", replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
+    (
+        STAGE2,
+        {},
+        "CarRacing-Data/train/metadata.jsonl",
+        replace('"told": [{', f'"told": [{HELD_OUT}, {{'),
+        "instructions.py",
+    ),
     (STAGE2, {}, "CarRacing-Data/task.json", remove, "task.json"),
     *((STAGE2, {}, "CarRacing-Data/task.json", edit(**{name: x}), name) for name, x in TASK.items()),
     (STAGE2, {"MIN_FRAMES": 1000}, "", nothing, "MIN_FRAMES"),
@@ -81,6 +89,8 @@ CASES = [  # script, a constant of it, what is spoiled and how, what the message
     *((RESUME, {}, "results/state.pt", spoil, "state.pt") for spoil in (remove, cut)),
     (RESUME, {}, POLICY, cut, "policy"),
     (EVALUATE, {}, "results/policy", remove, "results/policy"),
+    (EVALUATE, {"DRIVER": "teacher", "INSTRUCTION": "fly"}, "", nothing, "INSTRUCTION"),
+    (EVALUATE, {"INSTRUCTION": "left " * 60}, "", nothing, "prompt of"),
     *((EVALUATE, {}, POLICY_FACTS, edit(**{name: x}), name) for name, x in TASK.items()),
     (EVALUATE, {}, POLICY_FACTS, edit(adapter_hash="0"), "adapter_hash"),
     *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in (cut, set_nan, lose_a_tensor)),

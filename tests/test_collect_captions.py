@@ -4,11 +4,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from collect_captions import collect_episode
+from collect_captions import Settings, collect_episode
 from GitText2ActionWithPrompt import ANSWERS, PROMPT
+from instructions import INSTRUCTIONS, RACE, held_out_sentences, target
+from questions import QUESTIONS, describe
 from teacher import load_teacher, make_evaluation_env
 
-QUIET = dict(policy="teacher", answer_by="teacher", keep=0.05, burst_start=0.0, burst_longest=7, stuck_limit=100)
+QUIET = Settings(keep=0.05, burst_start=0.0, thrown=0.0, told_share=0.0, dreamed=4, asked=2)
 
 
 @torch.no_grad()
@@ -18,18 +20,23 @@ def assert_captions(frames, rows, driven=None):
     assert len(kept) == len(frames) and len({row["text"] for row in rows}) > 1
     obs, info = env.reset(seed=7)
     for number in range(0, max(kept) + 1, 2):
-        said = int(teacher(torch.from_numpy(info["state"])[None]).argmax())
+        said = int(teacher.act(info["state"][None])[0])
         if number in kept:
             row, frame = kept.pop(number), frames.pop(0)
             assert row["action"] == said == ANSWERS[row["text"]] and (row["prompt"], row["track_seed"]) == (PROMPT, 7)
             assert np.array_equal(frame, obs)
+            told, asked = describe(info["state"], env.road), row["asked"]
+            assert all(told[x["about"]] == x["text"] and x["question"] in QUESTIONS[x["about"]] for x in asked)
+            targets = [RACE if x["instruction"] == "garbled" else target(x["instruction"]) for x in row["told"]]
+            assert [ANSWERS[x["text"]] for x in row["told"]] == teacher.act(info["state"][None], targets).tolist()
+            assert len(asked) == QUIET.asked and len(targets) == QUIET.dreamed
         obs, *_, info = env.step(said if driven is None else driven)
     assert not kept
 
 
 def test_an_episode_repeats_and_is_what_the_simulator_draws_and_the_teacher_does():
-    frames, rows = collect_episode(7, **QUIET)
-    again = collect_episode(7, **QUIET)
+    frames, rows = collect_episode(7, QUIET)
+    again = collect_episode(7, QUIET)
     assert np.array_equal(again[0], frames) and again[1] == rows
     assert_captions(frames, rows)
 
@@ -38,10 +45,20 @@ def test_a_policy_drives_and_the_teacher_answers(toy_model, tmp_path):
     """DAgger: the policy only accelerates, off the field; the teacher says where it would have turned."""
     nn.init.constant_(toy_model.policy_head[2].bias[1], 100.0)
     toy_model.save_policy(tmp_path / "gas")
-    driven = QUIET | dict(policy=str(tmp_path / "gas"), keep=0.2)
-    frames, rows = collect_episode(7, **driven)
+    driven = QUIET._replace(policy=str(tmp_path / "gas"), keep=0.2)
+    frames, rows = collect_episode(7, driven)
     assert_captions(frames, rows, driven=ANSWERS["Accelerate"])
-    assert {row["text"] for row in collect_episode(7, **driven | {"answer_by": "policy"})[1]} == {"Accelerate"}
+    assert {row["text"] for row in collect_episode(7, driven._replace(answer_by="policy"))[1]} == {"Accelerate"}
     nn.init.constant_(toy_model.policy_head[2].bias[4], 200.0)
     toy_model.save_policy(tmp_path / "brake")
-    assert collect_episode(7, **driven | {"policy": str(tmp_path / "brake")}) == ([], [])  # stuck
+    assert collect_episode(7, driven._replace(policy=str(tmp_path / "brake"))) == ([], [])  # stuck
+
+
+def test_an_episode_under_instructions_repeats():
+    """With everything that is random in it; taught and other phrasings in turn where they are measured."""
+    frames, rows = collect_episode(11, Settings(keep=0.1, thrown=0.003, told_share=0.5, dreamed=4, asked=2), "both")
+    again = collect_episode(11, Settings(keep=0.1, thrown=0.003, told_share=0.5, dreamed=4, asked=2), "both")
+    assert np.array_equal(again[0], frames) and again[1] == rows and len(rows) > 10
+    held_out = held_out_sentences()
+    for told in (told for row in rows for told in row["told"] if told["instruction"] in INSTRUCTIONS):
+        assert (told["sentence"] in held_out) == (told["split"] == "held_out")

@@ -1,6 +1,6 @@
-"""The five changes of docs/customise.md, applied to a copy of the sources exactly as they are written there.
+"""The changes of docs/customise.md, applied to a copy of the sources exactly as they are written there.
 
-The copy runs once with all five, by `main` below: the stages at toy size, the third as the document's own sweep.
+The copy runs once with all of them, by `main` below: the stages at toy size, the third as the document's own sweep.
 """
 
 import collections
@@ -15,11 +15,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import edit, make_toy_base
+from conftest import TALKING, edit, make_toy_base
 
 import evaluate
 import film
 import GitText2ActionWithPrompt as model_file
+import instructions
 import ppo_git_with_prompt as ppo
 from car_racing_env import REWARDS, make_env, make_training_env
 from support import checkpoints
@@ -82,6 +83,10 @@ def test_another_base(seen):
     assert set(seen["base_models"]) == {"microsoft/git-base"} and len(set(seen["fingerprints"])) == 1
 
 
+def test_another_instruction(seen):
+    assert seen["crawled"] and set(seen["crawled"]) <= set(seen["crawl"])
+
+
 def push(env, speed):
     """The first decision of an episode at about `speed`; returns frame, reward and the speed after it."""
     env.reset(seed=0)
@@ -102,7 +107,7 @@ def model_facts(model):
     """Outputs before and after saving; the last feature as a speed beside the simulator's."""
     frames, _, speeds = zip(*(push(make_env(), speed) for speed in (0, 20, 40, 80, 120)))
     frames, envs = np.stack(frames), ppo.make_envs(seed=0, num_envs=1)
-    _, data, _ = ppo.rollout(envs, envs.reset()[0], model, num_steps=1)
+    _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, num_steps=1)
     envs.close()
     model.save_policy(ROOT / "results/policy")
     loaded = model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
@@ -117,7 +122,7 @@ def model_facts(model):
 def main():
     torch.set_num_threads(1)
     base = make_toy_base(ROOT / "microsoft/git-base", seed=1)
-    edit("collect_captions", TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1).main()
+    edit("collect_captions", TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1, **TALKING).main()
     edit("train_git_lora_carllava_style", MIN_FRAMES=1, EPOCHS=1, LORA_RANK=4).main()
     sweep, names = re.search(r"```python\n(.*?)```", DOCUMENT, flags=re.S).group(1), {}
     exec(sweep.replace("total_updates=12", "total_updates=1, num_steps=16"), names)
@@ -127,7 +132,10 @@ def main():
     adapter = read_json(ROOT / "lora_git_caption_model_carllava/task.json")
     policy = read_json(ROOT / "results/policy/policy.json")
     asked = model.processor.tokenizer.decode(model.prompt[1:])
+    told = [told for row in captions for told in row["told"] if told["instruction"] == "crawl"]
     facts |= {
+        "crawl": instructions.INSTRUCTIONS["crawl"].taught,
+        "crawled": [x["sentence"] for x in told],
         "questions": [x.lower() for x in (captions[0]["prompt"], adapter["prompt"], policy["prompt"], asked)],
         "captions": collections.Counter(f"{row['text']} {row['action']}" for row in captions),
         "to_simulator": model_file.to_simulator(torch.arange(6)).tolist(),

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import toy_lora
-from toy_process import Toy, error_line, files, ppo_main, rows, run, run_script, toy_ppo
+from toy_process import RESUMED, Toy, error_line, files, ppo_main, rows, run, run_script, toy_ppo
 
 from support import checks, run_files
 from support.checks import BadInput
@@ -139,20 +139,19 @@ def load(folder):
 FAULTS = {"rollout": KILLED, "log": KILLED, "state": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
 
 
-@pytest.mark.parametrize("lora, faults", [("", FAULTS), ("lora", {"log": KILLED})])
-def test_ppo_resumes_exactly(lora, faults, toy_base, tmp_path, script):
-    """Starts that end badly and a last one, against one start; then the run is made longer."""
+def test_ppo_resumes_exactly(toy_base, tmp_path, script):
+    """Starts that end badly and a last one, against one start, with a LoRA, instructions and throws; then it is made longer."""
     alone, hurt = tmp_path / "alone", tmp_path / "hurt"
-    code, output = run(ppo_main, alone, toy_base, "", "", lora)
+    code, output = run(ppo_main, alone, toy_base)
     assert code == 0, output
-    for done, (fault, expected) in enumerate(faults.items(), 1):
-        code, output = run(ppo_main, hurt, toy_base, "yes", fault, lora)
+    for done, (fault, expected) in enumerate(FAULTS.items(), 1):
+        code, output = run(ppo_main, hurt, toy_base, "yes", fault)
         assert code == expected and (code == KILLED or "Traceback" not in output), output
-        assert load(hurt)["update"] == (1 if lora else done), fault
+        assert load(hurt)["update"] == done, fault
         assert bool(list(hurt.glob("*.partial*"))) == (fault == "state"), fault
         if fault in ("worker", "disk"):
             error_line(output)
-    code, output = run(ppo_main, hurt, toy_base, "yes", "", lora)
+    code, output = run(ppo_main, hurt, toy_base, "yes")
     assert code == 0 and not list(hurt.glob("*.partial*")), output
     for name in ("reward_log.csv", "update_log.csv", "eval_log.csv"):
         assert rows(hurt / name) == rows(alone / name), name
@@ -161,15 +160,12 @@ def test_ppo_resumes_exactly(lora, faults, toy_base, tmp_path, script):
         assert (hurt / "policy" / name).read_bytes() == (alone / "policy" / name).read_bytes(), name
     state = load(alone)
     assert same(load(hurt), state)
-    assert any(
-        p.abs().max() > 0 for name, p in state["model"].items() if ("lora_B" if lora else "policy_head.2") in name
-    )
-
-    if not lora:
-        toy_ppo(hurt, toy_base, ppo_git_with_prompt=dict(RESUME=True, TOTAL_UPDATES=9)).main()
-        assert rows(hurt / "update_log.csv")[:8] == rows(alone / "update_log.csv") and load(hurt)["update"] == 9
-        history = json.loads((hurt / "run.json").read_text())["history"]
-        assert len(history) == 7 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
+    for part in ("lora_B", "policy_head.2"):
+        assert any(p.abs().max() > 0 for name, p in state["model"].items() if part in name)
+    toy_ppo(hurt, toy_base, ppo_git_with_prompt=RESUMED | dict(RESUME=True, TOTAL_UPDATES=9)).main()
+    assert rows(hurt / "update_log.csv")[:8] == rows(alone / "update_log.csv") and load(hurt)["update"] == 9
+    history = json.loads((hurt / "run.json").read_text())["history"]
+    assert len(history) == 7 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
 
 
 def test_fine_tuning_resumes_exactly(toy_base, tmp_path, script):
@@ -192,7 +188,7 @@ def test_fine_tuning_resumes_exactly(toy_base, tmp_path, script):
     code, output = run(toy_lora.main, hurt, toy_base, "yes")
     assert code == 0, output
     log = rows(hurt / "results" / "lora_log.csv")
-    assert [row["epoch"] for row in log] == ["1", "2", "3"] and log == rows(alone / "results" / "lora_log.csv")
+    assert [row["epoch"] for row in log] == ["0", "1", "2", "3"] and log == rows(alone / "results" / "lora_log.csv")
     before = files(adapter)
     code, output = run(toy_lora.main, hurt, toy_base, "yes", "disk")
     assert code == 1 and files(adapter) == before

@@ -114,7 +114,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
         toy_model.add_lora(2, 4)
     randomize(toy_model, "_head.", "lora_B")
     envs, num_steps, ended = make_toys(), 10, []
-    following, data, episodes = ppo.rollout(envs, envs.reset()[0], toy_model, num_steps)
+    (following, _), data, episodes, _ = ppo.rollout(envs, ppo.observe(*envs.reset()), toy_model, num_steps)
     for n, env in enumerate((Toy(0, 4, True), Toy(1, 3, False))):
         frame, _ = env.reset()
         for t in range(num_steps):
@@ -147,7 +147,14 @@ def make_batch(model, size=40):
     features, scores = model.encode(frames)
     dropout, action = model.draw_dropout(size), torch.arange(size) % 5
     log_prob = model.head(features, scores, dropout)[0].log_softmax(-1).gather(1, action[:, None])[:, 0]
-    batch = {"frames": frames, "features": features, "answer_log_probs": scores, "dropout": dropout, "action": action}
+    batch = {
+        "frames": frames,
+        "prompts": model.prompts("", size)[0],
+        "features": features,
+        "answer_log_probs": scores,
+        "dropout": dropout,
+        "action": action,
+    }
     return batch | {"log_prob": log_prob, "advantage": (action == 1).float(), "returns": torch.linspace(0, 1, size)}
 
 

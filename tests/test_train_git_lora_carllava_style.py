@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from toy_lora import write_data
 
 import train_git_lora_carllava_style as stage2
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, preprocess, prompt_ids
+from instructions import WORDINGS
 
 
 @pytest.fixture
@@ -19,18 +20,31 @@ def data(tmp_path):
 
 
 def test_only_the_answer_is_supervised(toy_model, data):
-    """Against the tokenizer and a cross-entropy by hand."""
+    """The plain question, two instructions, a question about the scene: against the tokenizer."""
     tokenizer = toy_model.processor.tokenizer
-    batch = stage2.Collator(toy_model.processor)([data[i] for i in range(5)])
-    for ids, labels, answer in zip(batch["input_ids"], batch["labels"], ANSWERS):
-        assert tokenizer.decode(labels[labels != -100]) == f"{answer.lower()} [SEP]"
-        assert torch.equal(labels[labels != -100], ids[labels != -100])
-        text = tokenizer.decode(ids[ids != tokenizer.pad_token_id]).replace(" ?", "?")
-        assert text == f"[CLS] {PROMPT.lower()} {answer.lower()} [SEP]"
-    outputs = toy_model.git(**batch)
-    shifted = outputs.logits[:, -batch["labels"].shape[1] : -1].double().flatten(0, 1)
-    expected = F.cross_entropy(shifted, batch["labels"][:, 1:].flatten(), ignore_index=-100).item()
-    assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
+    samples = [data[i] for i in range(5)]
+    batch = stage2.Collator(toy_model.processor, stage2.all_texts)(samples)
+    assert batch["input_ids"].shape[:2] == (5, 4) and batch["pixel_values"].max() > 1
+    for (_, row), texts, labels in zip(samples, batch["input_ids"], batch["labels"]):
+        expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
+        expected.append((row["asked"][0]["question"], row["asked"][0]["text"]))
+        for ids, label, (prompt, answer) in zip(texts, labels, expected):
+            supervised = label != -100
+            assert tokenizer.decode(label[supervised]) == tokenizer.decode(tokenizer(answer).input_ids[1:])
+            assert torch.equal(label[supervised], ids[supervised])
+            read = ids[(ids != tokenizer.pad_token_id) & ~supervised]
+            assert tokenizer.decode(read) == tokenizer.decode(tokenizer(prompt).input_ids[:-1])
+
+
+def test_training_texts_vary_in_wording_and_keep_their_answers(data, monkeypatch):
+    monkeypatch.setattr(stage2, "REWORDED", 0.5)
+    torch.manual_seed(0)
+    row = data[0][1]
+    texts = [text for _ in range(300) for text in stage2.draw_texts(row)]
+    assert {(told, answer) for told, _, answer in texts if told} == {(x["sentence"], x["text"]) for x in row["told"]}
+    plain = [question for told, question, _ in texts if not told and question != row["asked"][0]["question"]]
+    assert set(plain) == set(WORDINGS) and 0.4 < plain.count(PROMPT) / len(plain) < 0.7
+    assert len(texts) == 300 * (stage2.PLAIN_TEXTS + stage2.TOLD_TEXTS + stage2.ASKED_TEXTS)
 
 
 def test_validation_counts_what_the_model_says(toy_base, data):
@@ -46,11 +60,23 @@ def test_validation_counts_what_the_model_says(toy_base, data):
     metrics, confusion = stage2.validate(model, data, batch_size=4)
     wrong = confusion - np.eye(5, 6, dtype=np.int64) * [2, 1, 2, 1, 1, 0]
     assert {(i, j): n for (i, j), n in np.ndenumerate(wrong) if n} == {(1, 4): 1, (3, 2): 1, (4, 5): 1}
-    batch = stage2.Collator(model.processor)([data[i] for i in range(10)])
-    assert metrics["validation_loss"] == pytest.approx(model.git(**batch).loss.item(), rel=1e-5)
-    frames = np.stack([data[0][0]])
-    states = model.git.git(**model.inputs(frames)).last_hidden_state[:, -1]
-    assert torch.allclose(model.features(frames), states, atol=1e-5)
+    samples, losses = [data[i] for i in range(10)], []
+    for frame, row in samples:
+        for told, question, answer in stage2.all_texts(row):
+            prompt = prompt_ids(model.processor.tokenizer, told, question)
+            words = model.processor.tokenizer(answer).input_ids[1:]
+            tokens = torch.tensor([prompt + words])
+            pixels = preprocess(frame[None], model.processor.image_processor)
+            logits = model.git(pixel_values=pixels, input_ids=tokens).logits[0, -len(words) - 1 : -1]
+            losses.append(F.cross_entropy(logits, torch.tensor(words)).item())
+    assert metrics["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    exact = {name: metrics[name] for name in ("exact_left_taught", "exact_speed_held_out", "exact_scene")}
+    right = [
+        model.ask(frame[None], question, told)[0] == answer.lower()
+        for frame, row in samples
+        for told, question, answer in stage2.all_texts(row)[1:]
+    ]
+    assert [*exact.values()] == pytest.approx(np.array(right).reshape(10, 3).mean(0).tolist())
 
 
 def test_summary_of_a_known_confusion():

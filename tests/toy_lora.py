@@ -32,6 +32,14 @@ def write_data(folder):
             for i in range(count):
                 Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(folder / split / f"{i}.png")
                 row = {"file_name": f"{i}.png", "text": answers[i % 5], "prompt": model_file.PROMPT}
+                told = [("left", "taught", "Keep left."), ("speed thirty", "held_out", "Speed thirty.")]
+                row["told"] = [
+                    {"instruction": name, "split": split, "sentence": sentence, "text": answers[(i + j) % 5]}
+                    for j, (name, split, sentence) in enumerate(told)
+                ]
+                row["asked"] = [
+                    {"about": "grass", "question": "Is the car on the grass?", "text": "One wheel is on the grass."}
+                ]
                 metadata.write(json.dumps(row) + "\n")
     write_json(folder / "task.json", model_file.task())
 
@@ -44,7 +52,6 @@ def toy_lora(folder, base, **constants):
     defaults = dict(
         BASE_MODEL=str(base), DATA_DIR=str(folder / "data"), OUTPUT_DIR=str(folder / "adapter"), MIN_FRAMES=1, EPOCHS=3,
         RESULTS_DIR=str(folder / "results"), CHECKPOINT_DIR=str(folder / "checkpoints"), BATCH_SIZE=8, LORA_RANK=4,
-        LORA_DROPOUT=0.1,
     )  # fmt: skip
     torch.set_num_threads(1)
     return edit("train_git_lora_carllava_style", **defaults | constants)
@@ -52,11 +59,11 @@ def toy_lora(folder, base, **constants):
 
 def main(folder, base, resume="", fault=""):
     stage2 = toy_lora(folder, base, RESUME=bool(resume))
-    preprocess = model_file.preprocess
+    training_step = stage2.AnswerTrainer.training_step
     if fault == "step":
-        model_file.preprocess = at_call(11, preprocess)
+        stage2.AnswerTrainer.training_step = at_call(7, training_step)
     if fault == "ctrl-c":
-        model_file.preprocess = at_call(3, preprocess, lambda *args: os.killpg(0, signal.SIGINT))
+        stage2.AnswerTrainer.training_step = at_call(2, training_step, lambda *args: os.killpg(0, signal.SIGINT))
     if fault == "checkpoint":
         torch.save = die  # after the weights, before the optimizer's state
     if fault == "disk":

@@ -178,10 +178,12 @@ def inject(fault, ppo, resume):
         run_files.RunLogs.update = at_call(2, log_update, lambda *args: (log_update(*args), die()))
 
 
-def ppo_main(folder, base, resume="", fault="", lora=""):
+RESUMED = dict(TRAIN_LORA=True, INSTRUCTED_ENVS=1, CHANGE=0.1, THROWN=0.01)
+
+
+def ppo_main(folder, base, resume="", fault=""):
     """A toy PPO run to which `fault` happens; `resume` continues it if there is a state."""
-    size = dict(TRAIN_LORA=True, TOTAL_UPDATES=3) if lora else {}
     resume = bool(resume) and (Path(folder) / "state.pt").exists()
-    ppo = toy_ppo(folder, base, ppo_git_with_prompt=size | dict(RESUME=resume))
+    ppo = toy_ppo(folder, base, ppo_git_with_prompt=RESUMED | dict(RESUME=resume))
     inject(fault, ppo, resume)
     ppo.main()

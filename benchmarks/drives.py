@@ -1,0 +1,80 @@
+"""Drives that are measured: what the car did, decision by decision, told something or turned round in mid-drive."""
+
+import contextlib
+import functools
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP, TRACK_WIDTH
+
+from car_racing_env import FPS, FRAME_SKIP, make_env
+from road import move_car
+from support import processes
+from teacher import PrivilegedState
+
+
+class TurnedRound(gym.Wrapper):
+    """Turn the car by `angle` radians before decision `when`, its velocity with it: a rigid motion."""
+
+    def __init__(self, env, angle, when):
+        super().__init__(env)
+        self.angle, self.when = angle, when
+
+    def reset(self, *, seed=None, options=None):
+        self.decision = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        if self.decision == self.when and self.angle:
+            move_car(self.unwrapped.car, self.angle)
+        self.decision += 1
+        return self.env.step(action)
+
+
+def make_probe(angle, when):
+    """The plain task with the privileged state in `info`, the car turned round once."""
+    return PrivilegedState(TurnedRound(make_env(), angle, when))
+
+
+def drive(driver, tracks, decisions, told="", when=0, before="", angles=None):
+    """One drive on each of the N `tracks`, side by side; returns a dict of arrays (decisions, N).
+
+    From decision `when` on the driver is told `told`, before it `before` (one for all, or a list with one for each), and its
+    car is turned by `angles`, radians, at that moment. `speed` and `along` (the road) in units per second, `offset` in
+    units, `on_road`, `driving` (False once the episode has ended) and `left_field` (True from when it ended there on).
+    """
+    angles = [0.0] * len(tracks) if angles is None else angles
+    envs = processes.Simulators([functools.partial(make_probe, angle, when) for angle in angles], "DISABLED")
+    rows, driving, left_field = [], np.ones(len(tracks), dtype=bool), np.zeros(len(tracks), dtype=bool)
+    with contextlib.closing(envs):
+        frames, infos = envs.reset(seed=list(tracks))
+        for decision in range(decisions):
+            driver.told = before if decision < when else told
+            frames, _, terminated, truncated, infos = envs.step(driver(frames, {"state": infos["state"]}))
+            done = terminated | truncated
+            left_field = left_field | (
+                driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool))
+            )
+            rows.append(measure(infos["state"]) | {"driving": driving, "left_field": left_field})
+            driving = driving & ~done
+            if done.any():  # it idles
+                seeds = [track if ended else None for track, ended in zip(tracks, done)]
+                frames, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
+                infos["state"][done] = reset_infos["state"][done]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def measure(states):
+    """What privileged states (N, STATE_SIZE) say of speed, offset and road: a dict of arrays (N,)."""
+    forward, right = 50 * states[:, 0], 20 * states[:, 1]
+    return {
+        "speed": np.hypot(forward, right),
+        "along": forward * states[:, 14] - right * states[:, 13],
+        "offset": states[:, 12] * TRACK_WIDTH,
+        "on_road": states[:, 8:12].any(1),
+    }
+
+
+def travelled(along):
+    """Tiles' lengths driven along the road up to each decision, from speeds along it (T, N)."""
+    return np.cumsum(along, 0) * FRAME_SKIP / FPS / TRACK_DETAIL_STEP

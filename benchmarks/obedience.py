@@ -1,0 +1,153 @@
+"""Who does what he is told? Each instruction, in taught and in other words, in mid-drive on tracks held out.
+
+A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py. Every
+track hears a phrasing of its own. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
+
+    python -m benchmarks.obedience      # 3 minutes for the teacher, 60 for a policy, on two CPU cores
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import evaluate
+import instructions
+from benchmarks import drives
+from car_racing_env import FPS, FRAME_SKIP
+from instructions import HELD_OUT_COMBINATIONS, HELD_OUT_SPEEDS, INSTRUCTIONS
+from support import checks, run_files
+from support.plots import plt
+
+DRIVER = "teacher"  # one of evaluate.py, whose constants say which model
+TRACKS = range(100_200, 100_220)
+WHEN = 50  # decisions before it is told something
+TOLD = 300  # decisions after it
+COMBINATIONS = ("slow left", "slow middle", "speed thirty right", "speed forty left")  # of the taught ones
+OUTPUT = Path(__file__).with_suffix(".json")
+GROUPS = {
+    "taught": "taught phrasings",
+    "held_out": "phrasings never taught",
+    "new": "speeds and combinations never taught",
+}
+
+NAMES = [name for name in INSTRUCTIONS if name.removeprefix("speed ") not in HELD_OUT_SPEEDS and name != "chatter"]
+NEW = [*(f"speed {word}" for word in HELD_OUT_SPEEDS), *sorted(HELD_OUT_COMBINATIONS)]
+CASES = {  # group: names of the instructions
+    "taught": [*NAMES, *COMBINATIONS],
+    "held_out": [*NAMES, *COMBINATIONS],
+    "new": NEW,
+    "nothing": [*NAMES, *COMBINATIONS, *NEW],  # the control: told nothing, judged as if told
+}
+
+
+def judge(target, results, when):
+    """For each drive: obeyed, and the shares of decisions at the speed and on the side asked for; arrays (N,).
+
+    The decisions after the grace and before the episode's end count. Who leaves the field obeys nothing.
+    """
+    start = when + round(target.grace() * FPS / FRAME_SKIP)
+    judged = []
+    for i in range(results["speed"].shape[1]):
+        rows = results["driving"][:, i].copy()
+        rows[:start] = False
+        speed, offset, on_road, along = (results[name][rows, i] for name in ("speed", "offset", "on_road", "along"))
+        if results["left_field"][-1, i] or not rows.any():
+            judged.append([0.0] * 3)
+        else:
+            obeyed = target.obeyed(speed, offset, on_road, along.mean())
+            judged.append([obeyed, target.at_speed(speed).mean(), target.on_side(offset).mean()])
+    return np.array(judged, dtype=float).T
+
+
+def sentences(name, group, count):
+    """A phrasing for each track: the first of the split, the second, and so on."""
+    rng = np.random.default_rng(0)
+    split = "held_out" if group == "held_out" else "taught"
+    if name in INSTRUCTIONS:
+        phrasings = getattr(INSTRUCTIONS[name], split)
+        return [phrasings[i % len(phrasings)] for i in range(count)]
+    return [instructions.phrase(name, rng, split) for _ in range(count)]
+
+
+def drive(driver, told):
+    """TRACKS, plain at first, then under what the driver is `told`."""
+    plain = driver.told
+    results = drives.drive(driver, TRACKS, WHEN + TOLD, told, WHEN, plain)
+    driver.told = plain
+    return results
+
+
+def measure(results, name, group):
+    """A row of what was obeyed of the instruction `name`."""
+    target = instructions.target(name)
+    obeyed, at_speed, on_side = judge(target, results, WHEN)
+    row = {"instruction": name, "group": group, "drives": len(TRACKS), "obeyed": round(float(obeyed.mean()), 3)}
+    if target.speed is not None:
+        row["at_speed"] = round(float(at_speed.mean()), 3)
+    if target.side is not None:
+        row["on_side"] = round(float(on_side.mean()), 3)
+    after = results["driving"][WHEN + 125 :]
+    for column in ("speed", "offset"):
+        row[f"mean_{column}"] = round(float(results[column][WHEN + 125 :][after].mean()), 2)
+    return row
+
+
+def draw(measured, path):
+    """Left: share of obeyed drives by instruction, a bar for each driver and group. Right: speed and place under each."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 7), layout="constrained")
+    series = {(driver, group): {} for driver, part in measured.items() for group in CASES}
+    for driver, part in measured.items():
+        for row in part["rows"]:
+            series[driver, row["group"]][row["instruction"]] = row
+    series = {f"{driver}, {GROUPS[group]}": rows for (driver, group), rows in series.items() if rows}
+    names = list(dict.fromkeys(name for rows in series.values() for name in rows))
+    height = 0.8 / len(series)
+    for i, (label, rows) in enumerate(series.items()):
+        places = [names.index(name) + i * height for name in rows]
+        left.barh(places, [100 * row["obeyed"] for row in rows.values()], height, label=label)
+        places = [(row["mean_offset"], row["mean_speed"]) for row in rows.values()]
+        right.scatter(*zip(*places), s=18, label=label)
+    for name in names:
+        row = next(rows[name] for rows in series.values() if name in rows)
+        right.annotate(
+            name, (row["mean_offset"], row["mean_speed"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
+        )
+    left.set(title="Who does what he is told", xlabel="% of the drives that obeyed", xlim=(0, 100))
+    left.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=8)
+    left.invert_yaxis()
+    right.set(title="How it is driven then", xlabel="mean offset from the middle of the road (units, right is positive)",
+              ylabel="mean speed (units per second)")  # fmt: skip
+    left.legend(frameon=False, fontsize=8, loc="lower left")
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main():
+    began = time.time()
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    driver, rows = evaluate.DRIVERS[DRIVER](), []
+    told_nothing = drive(driver, driver.told)
+    groups = [group for group in CASES if DRIVER != "teacher" or group != "held_out"]  # it reads no phrasings
+    cases = [(group, name) for group in groups for name in CASES[group]]
+    for group, name in tqdm(cases):
+        results = told_nothing
+        if group != "nothing":
+            target = instructions.target(name)
+            results = drive(driver, target if DRIVER == "teacher" else sentences(name, group, len(TRACKS)))
+        rows.append(measure(results, name, group))
+        tqdm.write(str(rows[-1]))
+    for group in groups:
+        print(f"{group}: {np.mean([row['obeyed'] for row in rows if row['group'] == group]):.1%} obeyed")
+    measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
+    facts = {"tracks": [TRACKS[0], TRACKS[-1]]} | run_files.run_facts() | {"seconds": round(time.time() - began)}
+    measured |= {DRIVER: {"rows": rows} | facts}
+    run_files.write_json(OUTPUT, measured)
+    draw(measured, OUTPUT.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    checks.run(main)

@@ -1,0 +1,79 @@
+"""Turned round in mid-drive: who comes back?
+
+The car of a driver on its lap is turned by any angle, its velocity with it. It has come back when it is 15 tiles further
+along the road's direction within 440 frames; tiles that were never visited before do not count, as the wrong way has them
+too. Beside it the same drives of a car that only coasts after the turn: turned by less than 90 degrees it often rolls on
+far enough. Writes benchmarks/recovery.json, a part for each driver.
+
+    python -m benchmarks.recovery      # 1 minute for the teacher, 10 for a policy, on two CPU cores
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import evaluate
+from benchmarks import drives
+from car_racing_env import FRAME_SKIP
+from support import checks, run_files
+
+DRIVER = "teacher"  # one of evaluate.py, whose constants say which model
+TRACKS = range(100_200, 100_300)
+ROUNDS = 2  # drives on each track, of other angles
+WHEN = 75  # decisions before the turn
+FRAMES = 440
+TILES = 15
+NUM_ENVS = 20
+OUTPUT = Path(__file__).with_suffix(".json")
+
+
+class Coasting:
+    """A driver until its car is turned, then nobody."""
+
+    def __init__(self, driver):
+        self.driver, self.told = driver, None
+
+    def __call__(self, frames, infos):
+        actions = self.driver(frames, infos)
+        return actions if self.told == "drive" else np.zeros_like(actions)
+
+
+def came_back(results):
+    """Whether each car was TILES further at some decision within FRAMES of the turn: bool (N,)."""
+    further = drives.travelled(results["along"][WHEN:])
+    return (further * results["driving"][WHEN:]).max(0) >= TILES
+
+
+def main():
+    began = time.time()
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    driver, rng = evaluate.DRIVERS[DRIVER](), np.random.default_rng(0)
+    plain, angles, back, rolled, still = driver.told, [], [], [], []
+    jobs = [track for _ in range(ROUNDS) for track in TRACKS]
+    for start in tqdm(range(0, len(jobs), NUM_ENVS), unit=f"{NUM_ENVS} drives"):
+        tracks = jobs[start : start + NUM_ENVS]
+        turns = rng.uniform(-np.pi, np.pi, len(tracks))
+        decisions = WHEN + FRAMES // FRAME_SKIP
+        results = drives.drive(driver, tracks, decisions, plain, WHEN, plain, turns)
+        angles += np.degrees(abs(turns)).tolist()
+        back += came_back(results).tolist()
+        control = drives.drive(Coasting(driver), tracks, decisions, "coast", WHEN, "drive", turns)
+        rolled += came_back(control).tolist()
+        still += results["driving"][WHEN].tolist()
+    angles, back, rolled = (np.array(x)[still] for x in (angles, back, rolled))
+    row = {}
+    for low, high in ((0, 45), (45, 90), (90, 135), (135, 180), (0, 90), (90, 180)):
+        group = (angles >= low) & (angles < high)
+        shares = {"came_back": round(float(back[group].mean()), 3), "coasting": round(float(rolled[group].mean()), 3)}
+        row[f"{low}-{high} degrees"] = {"drives": int(group.sum())} | shares
+        print(f"{low}-{high} degrees, {group.sum()} drives: {shares}")
+    measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
+    facts = run_files.run_facts() | {"seconds": round(time.time() - began)}
+    run_files.write_json(OUTPUT, measured | {DRIVER: row | facts})
+
+
+if __name__ == "__main__":
+    checks.run(main)

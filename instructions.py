@@ -1,0 +1,503 @@
+"""What can be said to the car: instructions, their phrasings, what the driver shall do, and when it counts as obeyed.
+
+Reads and writes nothing. To add an instruction, add one entry to INSTRUCTIONS: the teacher drives by its target, obedience is
+measured on it, and the model only ever sees the sentences. Everything here was fixed before the first training.
+
+Language has splits as tracks have: `taught` phrasings are for stages 1 to 3; `held_out` ones, HELD_OUT_SPEEDS,
+HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+SIDE = 3.2  # units from the middle of the road; its edges are at 6.7
+TARGET_SIZE = 5
+
+# when an instruction counts as obeyed
+SPEED_TOLERANCE = 5.0  # units per second around a speed
+MIDDLE = 2.2  # units around the middle of the road that count as the middle: a third of its width
+STANDING = 2.0  # units per second below which the car stands
+RACING = 35.0  # units per second along the road, on average, that count as racing; it is 50 on most tracks
+GRACE = {"stop": 3.0, "other": 5.0}  # seconds after the instruction that are not judged
+OBEYED_SHARE = 0.75  # of the decisions, for each of speed and side; a standing car must stand in all
+ON_ROAD_SHARE = 0.9  # of the decisions with a wheel on the road
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an instruction asks for. With neither speed nor side the driver races."""
+
+    speed: float | None = None  # units per second; 0 is standing still
+    side: float | None = None  # offset from the middle of the road in units, right is positive
+
+    def encode(self):
+        """What the teacher reads beside the state, float32 (TARGET_SIZE,)."""
+        speed, side = self.speed, self.side
+        return np.array(
+            [speed is not None, (speed or 0.0) / 50, speed == 0, side is not None, (side or 0.0) / SIDE],
+            dtype=np.float32,
+        )
+
+    def speed_error(self, speed):
+        """0 at the speed asked for, 1 from 80 units per second beside it on; steep close to it."""
+        return 0.0 if self.speed is None else (min(abs(speed - self.speed), 80.0) / 80) ** 0.5
+
+    def side_error(self, offset):
+        """0 at the offset asked for, 1 from 6 units beside it on."""
+        return 0.0 if self.side is None else min(abs(offset - self.side), 6.0) / 6
+
+    def at_speed(self, speed):
+        """Whether each of `speed` (T,) is the one asked for: bool (T,)."""
+        if self.speed is None:
+            return np.ones(len(speed), dtype=bool)
+        return speed < STANDING if self.speed == 0 else abs(speed - self.speed) <= SPEED_TOLERANCE
+
+    def on_side(self, offset):
+        """Whether each of `offset` (T,) is on the half asked for, or in the middle: bool (T,)."""
+        if self.side is None:
+            return np.ones(len(offset), dtype=bool)
+        return abs(offset) <= MIDDLE if self.side == 0 else offset * np.sign(self.side) > 0
+
+    def grace(self):
+        """Seconds after the instruction that are not judged."""
+        return GRACE["stop" if self.speed == 0 else "other"]
+
+    def obeyed(self, speed, offset, on_road, travelled):
+        """Whether a drive obeyed, from arrays (T,) of its decisions after the grace.
+
+        `on_road` says whether a wheel touches the road, `travelled` is the mean speed along the road.
+        """
+        if self.speed == 0:
+            return bool(self.at_speed(speed).all())
+        if np.mean(on_road) < ON_ROAD_SHARE or travelled <= 0:  # on the grass, or the wrong way
+            return False
+        if self == RACE:
+            return travelled >= RACING
+        return min(self.at_speed(speed).mean(), self.on_side(offset).mean()) >= OBEYED_SHARE
+
+
+RACE = Target()
+
+
+def random_target(rng, share=0.5):
+    """Any target, for the teacher's training: with probability 1 - `share` it races."""
+    if rng.random() >= share:
+        return RACE
+    kind = rng.choice(4, p=[0.3, 0.28, 0.26, 0.16])  # speed, side, both, stop
+    if kind == 3:
+        return Target(speed=0.0)
+    speed = float(rng.uniform(10, 60)) if kind != 1 else None
+    side = float(rng.uniform(-1.4, 1.4) * SIDE) if kind != 0 else None
+    return Target(speed, side)
+
+
+class Instruction(NamedTuple):
+    """A target, the sentences that ask for it, and how often it is drawn, relative to the others."""
+
+    target: Target
+    taught: tuple
+    held_out: tuple
+    share: float = 0.12
+
+
+def lines(text):
+    """The lines of a block, without blanks around them."""
+    return tuple(line.strip() for line in text.strip().splitlines())
+
+
+def mirrored(sentences):
+    """The same sentences for the other side of the road."""
+    swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+    return tuple(re.sub(r"\b(left|right|Left|Right)\b", lambda word: swap[word[0]], sentence) for sentence in sentences)
+
+
+INSTRUCTIONS = {
+    "race": Instruction(
+        RACE,
+        taught=lines("""
+            Race.
+            Drive on.
+            Go on.
+            Keep going.
+            Drive as fast as you can.
+            Go as fast as the road allows.
+            Full speed ahead.
+            Please drive fast.
+            Please go on driving.
+            Could you drive faster?
+            Hurry.
+            Hurry up, please.
+            Finish the lap quickly.
+            Drive freely.
+            Do not slow down.
+            Do not waste time.
+            We are late.
+            The road is free.
+            Nobody is in the way.
+            There is no limit.
+        """),
+        held_out=lines("""
+            Please hurry up.
+            Do not go slowly.
+            Do not wait.
+            The way ahead is free.
+            You can drive as fast as you want.
+            I want a fast lap.
+        """),
+    ),
+    "slow": Instruction(
+        Target(speed=20.0),
+        taught=lines("""
+            Drive slowly.
+            Slow down.
+            Go slowly, please.
+            Please drive slowly.
+            Take it slowly.
+            Creep along.
+            Could you slow down?
+            Could you drive more carefully?
+            Reduce your speed.
+            Drive carefully.
+            Please be careful.
+            Not so fast.
+            Too fast.
+            Do not drive fast.
+            Do not hurry.
+            We have time.
+            Not so quickly, I feel sick.
+            The road is wet.
+            There is ice on the road.
+            Children play here.
+        """),
+        held_out=lines("""
+            Slowly, please.
+            You drive too fast.
+            Please do not go so fast.
+            Carefully, there is ice.
+            Gently, please.
+            Children are on the road here.
+        """),
+    ),
+    "left": Instruction(
+        Target(side=-SIDE),
+        taught=lines("""
+            Keep left.
+            Keep to the left.
+            Stay on the left.
+            Drive on the left side.
+            Take the left lane.
+            Use the left half of the road.
+            Move over to the left.
+            Follow the left edge.
+            Please keep left.
+            Left, please.
+            Could you stay on the left?
+            Could you use the left lane?
+            The right lane is closed.
+            There is a hole on the right.
+            Somebody walks on the right.
+            A truck blocks the right side.
+            Do not drive on the right.
+            Stay off the right side.
+            Avoid the right lane.
+            Leave the right side free.
+        """),
+        held_out=lines("""
+            Stay left, please.
+            Please leave the right lane.
+            Could you drive close to the left edge?
+            Do not use the right half.
+            People walk on the right side of the road.
+            Drive four paces left of the middle.
+        """),
+    ),
+    "middle": Instruction(
+        Target(side=0.0),
+        taught=lines("""
+            Keep to the middle.
+            Stay in the middle.
+            Drive in the middle of the road.
+            Use the middle lane.
+            Keep to the center.
+            Stay in the center of the road.
+            Follow the middle line.
+            Please keep to the middle.
+            Middle of the road, please.
+            Could you stay in the middle?
+            Could you use the center?
+            Both sides are closed.
+            There are holes on both sides.
+            People walk on both sides.
+            Both edges are broken.
+            Do not go near the edges.
+            Avoid both sides.
+            Stay off the sides.
+            Keep away from the edges.
+            Leave both sides free.
+        """),
+        held_out=lines("""
+            Middle, please.
+            Could you drive where both edges are far away?
+            Do not drive at the sides.
+            Both edges are closed.
+            Both sides of the road are blocked.
+            Stay zero paces from the middle.
+        """),
+    ),
+    "stop": Instruction(
+        Target(speed=0.0),
+        taught=lines("""
+            Stop.
+            Stop now.
+            Stop the car.
+            Come to a stop.
+            Halt.
+            Hold still.
+            Brake and wait.
+            Wait here.
+            Stay where you are.
+            Please stop.
+            Please wait.
+            Could you stop here?
+            Do not move.
+            Do not go on.
+            The light is red.
+            A child runs into the road.
+            An accident blocks the road ahead.
+            The road ahead is blocked.
+            The police want to see us.
+            I want to get out.
+        """),
+        held_out=lines("""
+            Stop here, please.
+            Wait where you are.
+            Do not drive.
+            Brake, the light is red.
+            A child is on the road.
+            The car stands still now.
+        """),
+    ),
+    "chatter": Instruction(  # says nothing about driving: the driver races
+        RACE,
+        taught=lines("""
+            The weather is nice.
+            I like this music.
+            My sister plays the piano.
+            Dinner is at seven.
+            Look at that bird.
+            What a beautiful day.
+            He reads a book.
+            The coffee was good.
+            Please close the window.
+            Could you call my mother?
+            Do you know a good song?
+            Yesterday it rained.
+            They live in a small house.
+            She has two brothers.
+            I forgot my hat.
+            Tell me a story.
+            The grass is green.
+            Cats sleep a lot.
+            We were in Paris.
+            Do not forget the milk.
+        """),
+        held_out=lines("""
+            The music is beautiful.
+            She forgot a good book.
+            It rained in Paris yesterday.
+            Tell my mother a story.
+            There is a bird in the window.
+            Dinner was nice.
+        """),
+        share=0.03,
+    ),
+}
+INSTRUCTIONS["right"] = Instruction(
+    Target(side=SIDE), mirrored(INSTRUCTIONS["left"].taught), mirrored(INSTRUCTIONS["left"].held_out)
+)
+
+SPEEDS = {
+    "ten": 10.0,
+    "fifteen": 15.0,
+    "twenty": 20.0,
+    "thirty": 30.0,
+    "thirty-five": 35.0,
+    "forty": 40.0,
+    "fifty": 50.0,
+}
+HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}
+SPEED_PHRASINGS = lines("""
+    Drive at speed {}.
+    Drive at {}.
+    Go at {}.
+    Keep speed {}.
+    Stay at {}.
+    Make it {}.
+    Set the speed to {}.
+    Hold a speed of {}.
+    Please drive at {}.
+    Speed {}, please.
+    Could you go at speed {}?
+    Could you drive at {}?
+    I want to go at {}.
+    Your speed should be {}.
+    A speed of {} is good.
+    The speed limit is {}.
+    The limit here is {}.
+    Not faster and not slower than {}.
+    Do not drive faster or slower than {}.
+    Do not change the speed from {}.
+""")
+HELD_OUT_SPEED_PHRASINGS = lines("""
+    Please go at a speed of {}.
+    Could you change your speed to {}?
+    Not slower than {} and not faster.
+    The right speed here is {}.
+    We want to see {}.
+    The car drives at speed {}.
+""")
+for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
+    INSTRUCTIONS[f"speed {word}"] = Instruction(
+        Target(speed=speed),
+        tuple(phrasing.format(word) for phrasing in SPEED_PHRASINGS),
+        tuple(phrasing.format(word) for phrasing in HELD_OUT_SPEED_PHRASINGS),
+        share=0.0 if word in HELD_OUT_SPEEDS else 0.02,
+    )
+
+# a speed and a side: one sentence for each, in either order
+HELD_OUT_COMBINATIONS = {"slow right", "speed thirty left", "speed forty middle"}
+COMBINATIONS = {
+    f"{speed} {side}"
+    for speed in ("slow", *(f"speed {word}" for word in SPEEDS))
+    for side in ("left", "middle", "right")
+} - HELD_OUT_COMBINATIONS
+
+COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
+GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
+
+CONTRADICTIONS = lines("""
+    Keep left. Keep right.
+    Stop. Drive as fast as you can.
+    Drive slowly. Hurry.
+    Drive at speed thirty. Stop.
+""")
+
+# the plain question in other words
+WORDINGS = lines("""
+    What should the vehicle do in this scenario?
+    What should the car do now?
+    What should the driver do here?
+    What shall the vehicle do next?
+    What would you do now?
+    What do you do in this situation?
+    What is to be done here?
+    What is the right action now?
+    Which action should the vehicle take?
+    Which action is best in this scenario?
+    How should the car drive on?
+    How do you drive here?
+    Tell me what the car should do.
+    Say what to do next.
+    Your next action?
+""")
+HELD_OUT_WORDINGS = lines("""
+    What should the car do in this situation?
+    What should the vehicle do next?
+    What shall the driver do now?
+    What would the car do here?
+    What is the best action in this scenario?
+    Which action would you take now?
+    Which action is the right one here?
+    How should the vehicle drive in this scenario?
+    Tell me what to do next.
+    Say what the driver should do.
+""")
+
+
+KINDS = [name for name in INSTRUCTIONS if not name.startswith("speed ")] + ["speed", "combination", "garbled"]
+
+
+def kind(name):
+    """The kind of an instruction, one of KINDS: "speed" and "combination" stand for many, the others for themselves."""
+    if name.startswith("speed ") and name in INSTRUCTIONS:
+        return "speed"
+    return name if name in INSTRUCTIONS or name == "garbled" else "combination"
+
+
+def target(name):
+    """The `Target` of an instruction, or of a combination of a speed and a side ("slow left")."""
+    if name in INSTRUCTIONS:
+        return INSTRUCTIONS[name].target
+    speed, side = name.rsplit(" ", 1)
+    return Target(INSTRUCTIONS[speed].target.speed, INSTRUCTIONS[side].target.side)
+
+
+def phrase(name, rng, split="taught"):
+    """One sentence that asks for the instruction `name`, two for a combination; `split` is "taught" or "held_out"."""
+    if name in INSTRUCTIONS:
+        sentences = getattr(INSTRUCTIONS[name], split)
+        return sentences[rng.integers(len(sentences))]
+    parts = [phrase(part, rng, split) for part in name.rsplit(" ", 1)]
+    return " ".join(parts if rng.random() < 0.5 else parts[::-1])
+
+
+def garbled(rng):
+    """Two to four words of random letters."""
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    return " ".join("".join(rng.choice(letters, rng.integers(3, 7))) for _ in range(rng.integers(2, 5))) + "."
+
+
+class Told(NamedTuple):
+    """An instruction as it is given: its name, the split of its phrasing, the sentence, what it asks for."""
+
+    name: str
+    split: str
+    sentence: str
+    target: Target
+
+
+def draw(rng, split="taught"):
+    """A random instruction, by the shares of the instructions, of combinations and of garbled words."""
+    shares = {name: instruction.share for name, instruction in INSTRUCTIONS.items()}
+    shares |= {"combination": COMBINATION_SHARE, "garbled": GARBLED_SHARE}
+    chances = np.array([*shares.values()])
+    name = str(rng.choice([*shares], p=chances / chances.sum()))
+    if name == "garbled":
+        return Told(name, split, garbled(rng), RACE)
+    if name == "combination":
+        name = str(rng.choice(sorted(COMBINATIONS)))
+    return Told(name, split, phrase(name, rng, split), target(name))
+
+
+def taught_sentences():
+    """Everything that may be said in training, each sentence by itself: a set of strings."""
+    names = INSTRUCTIONS.keys() - {f"speed {word}" for word in HELD_OUT_SPEEDS}
+    return {sentence for name in names for sentence in INSTRUCTIONS[name].taught} | set(WORDINGS)
+
+
+@functools.cache
+def held_out_sentences():
+    """Everything that may only be said in measurements: a set of strings."""
+    sentences = {sentence for instruction in INSTRUCTIONS.values() for sentence in instruction.held_out}
+    for word in HELD_OUT_SPEEDS:
+        sentences |= set(INSTRUCTIONS[f"speed {word}"].taught)
+    return sentences | set(HELD_OUT_WORDINGS)
+
+
+def is_held_out(name, sentence):
+    """Whether the instruction `name`, said in this `sentence` or two, is for measurements only."""
+    parts = {part.strip() for part in re.findall(r"[^.?]+[.?]", sentence)}
+    return name in HELD_OUT_COMBINATIONS or not parts.isdisjoint(held_out_sentences())
+
+
+def digest():
+    """A short hash of what is said in training and asked for, by which a run says which instructions it had."""
+    said = {name: (i.target.speed, i.target.side, i.taught, i.share) for name, i in INSTRUCTIONS.items()}
+    said |= {"combinations": sorted(COMBINATIONS), "wordings": WORDINGS, "shares": [COMBINATION_SHARE, GARBLED_SHARE]}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

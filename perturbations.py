@@ -1,0 +1,77 @@
+"""What throws a driver off its line, so that it is seen to come back, or learns to: random actions, and the car thrown about.
+
+Reads and writes nothing.
+"""
+
+import gymnasium as gym
+import numpy as np
+
+from road import Road, move_car
+
+THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
+THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
+
+
+class RandomBursts(gym.Wrapper):
+    """Now and then take over for 1 to `longest` decisions with one random action, so that recoveries are seen.
+
+    Each decision starts a burst with probability `start`. `info["action"]` is the action that was really taken.
+    """
+
+    def __init__(self, env, seed, start, longest):
+        super().__init__(env)
+        self.rng = np.random.default_rng([seed, 3])
+        self.start, self.longest, self.left = start, longest, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.left = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        if not self.left and self.rng.random() < self.start:
+            self.left = int(self.rng.integers(1, self.longest + 1))
+            self.burst = int(self.rng.integers(5))
+        if self.left:
+            self.left -= 1
+            action = self.burst
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info | {"action": action}
+
+
+class Throws(gym.Wrapper):
+    """Throw the car about, so that coming back is learned: with probability `at_start` at once, later with `chance` per decision.
+
+    Turned by any angle and, half of the time, put anywhere across road and verge; its velocity turns along, stays as it
+    was (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when.
+    """
+
+    def __init__(self, env, at_start=0.0, chance=0.0):
+        super().__init__(env)
+        self.at_start, self.chance = at_start, chance
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.rng = np.random.default_rng([seed, 1])  # not the stream of the track, of instructions or of bursts
+        self.due = self.rng.random() < self.at_start
+        return obs, info
+
+    def step(self, action):
+        thrown, self.due = self.due or self.rng.random() < self.chance, False
+        if thrown:
+            self.throw()
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info | {"thrown": thrown}
+
+    def throw(self):
+        """One throw, now."""
+        car, rng, road = self.unwrapped.car, self.rng, Road(self)
+        turn, shift, velocity = rng.uniform(-np.pi, np.pi), np.zeros(2), None
+        if rng.random() < 0.5:
+            across = np.array([np.cos(road.heading), np.sin(road.heading)])
+            shift = across * (rng.uniform(-THROWN_BESIDE, THROWN_BESIDE) - road.offset)
+        kind, angle = rng.integers(3), car.hull.angle + turn
+        if kind == 1:
+            velocity = np.array(car.hull.linearVelocity)
+        elif kind == 2:
+            velocity = rng.uniform(0, THROWN_SPEED) * np.array([-np.sin(angle), np.cos(angle)])
+        move_car(car, turn, shift, velocity)

@@ -1,0 +1,59 @@
+"""What the measured drives say: who came back, who obeyed, by drives that are known."""
+
+import numpy as np
+import pytest
+
+from benchmarks import drives, obedience, recovery
+from GitText2ActionWithPrompt import ANSWERS
+from instructions import SIDE, Target
+
+
+class Scripted:
+    """A driver that brakes when it is told something and accelerates before."""
+
+    told = ""
+
+    def __call__(self, frames, infos):
+        assert frames.shape[1:] == (96, 96, 3) and len(infos["state"]) == len(frames)
+        return np.full(len(frames), ANSWERS["Brake" if self.told else "Accelerate"])
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Two cars told to stop after 40 decisions, the second turned round at that moment."""
+    return drives.drive(Scripted(), [3, 3], 120, "Stop.", 40, "", [0.0, np.pi])
+
+
+def test_a_drive_is_told_and_turned(results):
+    assert all(x.shape == (120, 2) for x in results.values())
+    speed, along = results["speed"], results["along"]
+    assert (speed[39] > 20).all() and (speed[-1] < 2).all()
+    assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
+    assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
+    on_the_road = drives.travelled(along)[39]
+    assert on_the_road[0] == pytest.approx(on_the_road[1]) and 10 < on_the_road[0] < 40
+    assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == [
+        float((speed[115:, i] < 2).all()) for i in (0, 1)
+    ]
+
+
+def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):
+    monkeypatch.setattr(recovery, "WHEN", 2)
+    tile = 3.5 * 50 / 2  # units per second that make a tile in a decision
+    along = np.array([[9, 0, 0], [9, 0, 0], [-8, 8, 8], [8, 8, 8], [14, -9, 0]]) * tile
+    driving = np.ones((5, 3), bool)
+    driving[3:, 2] = False
+    assert recovery.came_back({"along": along, "driving": driving}).tolist() == [False, True, False]
+
+
+def test_obedience_is_judged_after_the_grace_and_while_it_drives():
+    target, decisions = Target(30.0, SIDE), 50 + 125 + 40
+    shape = (decisions, 3)
+    results = {"speed": np.full(shape, 30.0), "offset": np.full(shape, SIDE), "along": np.full(shape, 30.0)}
+    results |= {"on_road": np.ones(shape, bool), "driving": np.ones(shape, bool)}
+    results["speed"][:175] = 60.0  # before and within the grace
+    results["speed"][175 + 20 :, 1] = 60.0
+    results["left_field"] = np.zeros(shape, bool)
+    results["driving"][200:, 2], results["left_field"][200:, 2] = False, True
+    obeyed, at_speed, on_side = obedience.judge(target, results, 50)
+    assert obeyed.tolist() == [1, 0, 0] and at_speed.tolist() == [1, 0.5, 0] and on_side.tolist() == [1, 1, 0]
