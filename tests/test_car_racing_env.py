@@ -119,7 +119,8 @@ def test_a_snapshot_resumes_to_the_same_pixels_rewards_and_tracks(decisions):
     """Instructions and throws too."""
     actions = np.random.default_rng(0).choice(5, p=[0.05, 0.15, 0.15, 0.6, 0.05], size=300)
     random = dict(draw_instruction=instructions.draw, change=0.05, thrown=0.02)
-    env, other = make_training_env(3, FLAT, **random), make_training_env(99, FLAT, **random)
+    rewards = dataclasses.replace(FLAT, thrown_grace=0)  # so that episodes end
+    env, other = make_training_env(3, rewards, **random), make_training_env(99, rewards, **random)
     obs, info = env.reset()
     for action in actions[:decisions]:
         obs, *_ = env.step(action)
