@@ -112,8 +112,9 @@ def test_bad_input_is_named_and_changes_nothing(name, constant, file, spoil, nam
         PPO: TOY_PPO | dict(MODEL=adapter, RESULTS_DIR=results),
         EVALUATE: dict(POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=1),
     }  # fmt: skip
-    good[RESUME] = good[PPO] | dict(RESUME=True, NUM_STEPS=120, MINIBATCH_SIZE=60, EVAL_TRACKS=range(100_000, 100_001))
-    script("car_racing_env", MAX_FRAMES=120)  # as in the pipeline
+    good[RESUME] = good[PPO] | dict(RESUME=True, NUM_STEPS=60, MINIBATCH_SIZE=60, INSTRUCTED_ENVS=1)
+    good[RESUME] |= dict(TOTAL_UPDATES=3, EVAL_TRACKS=range(100_000, 100_001))
+    script("car_racing_env", MAX_FRAMES=60)  # as in the pipeline
     spoil(root / file)
     before, history = files(root), {"results/run.json": "may tell of the attempt"}
     with pytest.raises(BadInput, match=named) as caught:
