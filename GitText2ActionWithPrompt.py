@@ -230,21 +230,21 @@ class GitText2ActionWithPrompt(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def prompts(self, instructions, count):
-        """Instruction and question as padded token ids int64 (count, T), and how many of them count, int64 (count,).
+    def prompts(self, instructions, count, ending=()):
+        """Instruction, question and `ending` as padded token ids int64 (count, T), and how many count, int64 (count,).
 
         `instructions` is one for all frames, or a list with one for each; "" is the question alone.
         """
-        if isinstance(instructions, torch.Tensor):
-            tokens = instructions  # as this method returned them
-        else:
-            each = [instructions] * count if isinstance(instructions, str) else instructions
-            tokenizer, question = self.processor.tokenizer, self.question
-            ids = [torch.tensor(prompt_ids(tokenizer, instruction, question)) for instruction in each]
-            tokens = pad_sequence(ids, batch_first=True, padding_value=self.pad).to(self.device)
-        lengths = (tokens != self.pad).sum(1)
-        self.check_length(lengths.max())
-        return tokens[:, : lengths.max()], lengths
+        if isinstance(instructions, torch.Tensor):  # as this method returned them, perhaps with more padding
+            lengths = (instructions != self.pad).sum(1)
+            return instructions[:, : lengths.max()], lengths
+        each = [instructions] if isinstance(instructions, str) else instructions
+        each = each[:1] if len(set(each)) == 1 else each  # one prompt for all is expanded
+        each = [prompt_ids(self.processor.tokenizer, told, self.question) + [*ending] for told in each]
+        lengths = torch.tensor([len(ids) for ids in each], device=self.device)
+        self.check_length(max(map(len, each)) - len(ending))
+        tokens = pad_sequence([torch.tensor(ids) for ids in each], batch_first=True, padding_value=self.pad)
+        return tokens.to(self.device).expand(count, -1), lengths.expand(count)
 
     @property
     def prompt(self):
@@ -278,14 +278,10 @@ class GitText2ActionWithPrompt(nn.Module):
         The log-likelihood of each whole answer without [SEP], renormalised over them. Prompt plus the shared first
         word ("turn") is all the text it takes.
         """
-        tokens, lengths = self.prompts(instructions, len(frames))
-        shared = len(self.shared_word)
-        text = F.pad(tokens, (0, shared), value=self.pad)
-        if shared:
-            text[torch.arange(len(text)), lengths] = self.shared_word[0]
-        states = self.read(self.weights, frames, text, lengths + shared, 1 + shared)
+        tokens, lengths = self.prompts(instructions, len(frames), self.shared_word)
+        states = self.read(self.weights, frames, tokens, lengths, 1 + len(self.shared_word))
         words = git_forward.linear(states, *self.weights.lm_head).log_softmax(-1)
-        return self.features(frames, tokens, states[:, 0]), score_answers(words, self.answers)
+        return self.features(frames, instructions, states[:, 0]), score_answers(words, self.answers)
 
     def features(self, frames, instructions="", state=None):
         """What the heads read, (B, feature_size): the state of the prompt's last token, which predicts the answer's first word.

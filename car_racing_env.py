@@ -11,9 +11,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d import car_racing as stock
 
-from instructions import RACE, kind
+import instructions
 from perturbations import Throws
-from road import Road
+from road import FollowRoad
 
 ENV_ID = "CarRacing-v3"
 FPS = stock.FPS
@@ -94,24 +94,23 @@ class TrainingRewards(gym.Wrapper):
     Track seeds are drawn below TRAIN_TRACKS from the wrapper's own generator `rng`, so that a logged `track_seed` replays
     its track. The early stop is a termination with a penalty, never a truncation. When an episode ends, `info["episode_summary"]`
     holds its true `return`, its `length` in frames, `end` ("lap", "field", "time", "grass") and `track_seed`.
-    `target` is what an instruction asks for at present; `Instructed` changes it.
+    Around `Instructed` it pays for what was told.
     """
-
-    target = RACE
 
     def __init__(self, env, seed, rewards=REWARDS):
         super().__init__(env)
         self.rng, self.rewards = np.random.default_rng(seed), rewards
-        self.frame_skip = self.env.get_wrapper_attr("skip")
+        self.frame_skip, self.instructed = env.get_wrapper_attr("skip"), env.has_wrapper_attr("told")
 
     def reset(self, *, seed=None, options=None):
         self.track_seed = int(self.rng.integers(TRAIN_TRACKS))
         self.episode_return, self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0.0, 0, 0, 0, 0
         obs, info = self.env.reset(seed=self.track_seed, options=options)
-        self.frames_before, self.road = self._frames(), Road(self)
+        self.frames_before, self.travelled = self._frames(), 0.0
         return obs, info | {"track_seed": self.track_seed}
 
     def step(self, action):
+        target = self.get_wrapper_attr("told").target if self.instructed else instructions.RACE  # of this decision
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.episode_return += reward
         newly_missed, grass_frames, penalty_scale = self._look_at_the_road()
@@ -120,11 +119,8 @@ class TrainingRewards(gym.Wrapper):
         if not end and grass_frames >= self.rewards.grass_limit and not self.grace:
             terminated, end = True, "grass"
 
-        if self.target.speed is None:
-            reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip))
-        else:
-            reward = 0.0
-        reward += self._pay_for_the_way()
+        reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip)) if target.speed is None else 0.0
+        reward += self._pay_for_the_way(target)
         if not self.grace:
             reward -= penalty_scale * self.rewards.miss_penalty * newly_missed
         if end == "lap":
@@ -141,15 +137,15 @@ class TrainingRewards(gym.Wrapper):
             }
         return obs, reward, terminated, truncated, info
 
-    def _pay_for_the_way(self):
+    def _pay_for_the_way(self, target):
         """What progress along the road pays, and how well the target is kept."""
-        before = self.road.travelled
-        self.road.look()
-        progress = float(np.clip(self.road.travelled - before, -2.0, 2.0))
-        reward = self.rewards.progress * progress - self.rewards.side_left * self.target.side_error(self.road.offset)
-        if self.target.speed is not None:  # the speed along the road: neither standing nor going the wrong way pays
+        road, before = self.get_wrapper_attr("road"), self.travelled
+        self.travelled = road.travelled
+        progress = float(np.clip(road.travelled - before, -2.0, 2.0))
+        reward = self.rewards.progress * progress - self.rewards.side_left * target.side_error(road.offset)
+        if target.speed is not None:  # the speed along the road: neither standing nor going the wrong way pays
             speed = progress * stock.TRACK_DETAIL_STEP * FPS / self.frame_skip
-            reward += self.rewards.speed_kept * (1 - self.target.speed_error(speed))
+            reward += self.rewards.speed_kept * (1 - target.speed_error(speed))
         return reward
 
     def _look_at_the_road(self):
@@ -169,12 +165,14 @@ class TrainingRewards(gym.Wrapper):
 
 
 class Instructed(gym.Wrapper):
-    """Tell the driver what to do, and now and then something else. Goes around `TrainingRewards`, which pays for it.
+    """Tell the driver what to do, and now and then something else. `TrainingRewards`, which pays for it, goes around it.
 
     `draw_instruction` maps a generator to an `instructions.Told`; each decision draws anew with probability `change`, a
-    standing car's three times as often. `info["instruction"]` is the sentence for the next decision, `info["kind"]` what was
-    told for the last one and `info["obeyed"]` whether the car then was as told.
+    standing car's three times as often. `told` holds for the next decision, `info["instruction"]` is its sentence,
+    `info["kind"]` what was told for the last one ("" for nothing) and `info["obeyed"]` whether the car then was as told.
     """
+
+    told = instructions.NOTHING
 
     def __init__(self, env, draw_instruction, change):
         super().__init__(env)
@@ -182,15 +180,15 @@ class Instructed(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self.instruction_rng = np.random.default_rng([self.env.track_seed, 2])
+        self.instruction_rng = np.random.default_rng([seed, 2])
         self.tell()
         return obs, info | {"instruction": self.told.sentence}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         target, speed = self.told.target, np.array([self.unwrapped.car.hull.linearVelocity.length])
-        obeyed = target.at_speed(speed)[0] and target.on_side(np.array([self.env.road.offset]))[0]
-        info |= {"kind": kind(self.told.name), "obeyed": bool(obeyed)}
+        obeyed = target.at_speed(speed)[0] and target.on_side(np.array([self.get_wrapper_attr("road").offset]))[0]
+        info |= {"kind": instructions.kind(self.told.name), "obeyed": bool(obeyed)}
         if self.instruction_rng.random() < self.change * (3 if target.speed == 0 else 1):
             self.tell()
         return obs, reward, terminated, truncated, info | {"instruction": self.told.sentence}
@@ -198,14 +196,13 @@ class Instructed(gym.Wrapper):
     def tell(self):
         """Draw the next instruction."""
         self.told = self.draw_instruction(self.instruction_rng)
-        self.env.target = self.told.target
 
 
 class Resumable(gym.Wrapper):
     """Exact resume of an episode. Box2D's state cannot be saved: `snapshot` keeps what led there, and it is driven again.
 
-    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The first `reset` after `resume_from` was set to a snapshot
-    drives its actions again, undrawn, to the very same moment.
+    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The first
+    `reset` after `resume_from` was set to a snapshot drives its actions again, undrawn, to the very same moment.
     """
 
     resume_from = None
@@ -240,7 +237,7 @@ def make_env(frame_skip=FRAME_SKIP, draw=True, **kwargs):
     from fast.car_racing import FastCarRacing  # here: who only asks the model loads no rasteriser and its compiler
 
     env = FastCarRacing(continuous=False, **kwargs)
-    return FrameSkip(gym.wrappers.TimeLimit(env, MAX_FRAMES), frame_skip, draw)
+    return FollowRoad(FrameSkip(gym.wrappers.TimeLimit(env, MAX_FRAMES), frame_skip, draw))
 
 
 def make_training_env(
@@ -252,5 +249,6 @@ def make_training_env(
     `thrown` the car is thrown about with that probability per decision.
     """
     env = make_env(frame_skip, draw)
-    env = TrainingRewards(Throws(env, thrown, thrown) if thrown else env, seed, rewards)
-    return Resumable(Instructed(env, draw_instruction, change) if draw_instruction else env)
+    env = Throws(env, thrown, thrown) if thrown else env
+    env = Instructed(env, draw_instruction, change) if draw_instruction else env
+    return Resumable(TrainingRewards(env, seed, rewards))

@@ -95,22 +95,23 @@ def collect_episode(track_seed, settings, split="taught"):
     teacher, model = load_drivers(settings.policy)
     rng = np.random.default_rng(track_seed)
     env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown)
+    draw = functools.partial(instructions.draw, share=settings.told_share)
+    env = car_racing_env.Instructed(env, draw, settings.change)
     env = PrivilegedState(RandomBursts(env, track_seed, settings.burst_start, settings.burst_longest))
     base = env.unwrapped
     _, info = env.reset(seed=track_seed)
-    sentence, target = tell(rng, settings.told_share)
     frames, rows, slow, end = [], [], 0, ""
     while not end:
-        kept = rng.random() < settings.keep
+        driving, kept = env.get_wrapper_attr("told"), rng.random() < settings.keep
         frame = base.draw() if kept or model else None
         told = [
             instructions.draw(rng, "held_out" if split == "both" and i % 2 else "taught")
             for i in range(settings.dreamed if kept else 0)
         ]
         state = info["state"]
-        plain, action, *dreamed = teacher.act(state[None], [RACE, target, *(x.target for x in told)])
+        plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
         if model:
-            said = ["", sentence, *(x.sentence for x in told)] if kept else ["", sentence]
+            said = ["", driving.sentence, *(x.sentence for x in told)]
             said = to_simulator(model(np.stack([frame] * len(said)), said)[0].argmax(1))
             action = said[1]
             if settings.answer_by == "policy":
@@ -127,24 +128,16 @@ def collect_episode(track_seed, settings, split="taught"):
                 {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dream, state)}
                 for x, dream in zip(told, dreamed)
             ]
-            row["asked"] = questions.draw(rng, questions.describe(state, env.road), settings.asked)
+            row["asked"] = questions.draw(rng, questions.describe(state, env.get_wrapper_attr("road")), settings.asked)
             rows.append(row)
             frames.append(frame)
         _, _, terminated, truncated, info = env.step(int(action))
         end = car_racing_env.episode_end(terminated, truncated, info)
-        moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or target.speed == 0
+        moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or driving.target.speed == 0
         slow = 0 if moving else slow + FRAME_SKIP
         if slow >= settings.stuck_limit:
             return [], []
-        if rng.random() < settings.change * (3 if target.speed == 0 else 1):
-            sentence, target = tell(rng, settings.told_share)
     return frames, rows
-
-
-def tell(rng, share):
-    """What the driver is told next, a sentence and its target; with probability 1 - `share` nothing."""
-    told = instructions.draw(rng)
-    return (told.sentence, told.target) if rng.random() < share else ("", RACE)
 
 
 def collect_split(run_jobs, folder, tracks, num_frames):

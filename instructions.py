@@ -1,7 +1,7 @@
 """What can be said to the car: instructions, their phrasings, what the driver shall do, and when it counts as obeyed.
 
 Reads and writes nothing. To add an instruction, add one entry to INSTRUCTIONS: the teacher drives by its target, obedience is
-measured on it, and the model only ever sees the sentences. Everything here was fixed before the first training.
+measured on it, and the model only ever sees the sentences. All of it was fixed before a model learned any.
 
 Language has splits as tracks have: `taught` phrasings are for stages 1 to 3; `held_out` ones, HELD_OUT_SPEEDS,
 HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only.
@@ -23,7 +23,7 @@ TARGET_SIZE = 5
 SPEED_TOLERANCE = 5.0  # units per second around a speed
 MIDDLE = 2.2  # units around the middle of the road that count as the middle: a third of its width
 STANDING = 2.0  # units per second below which the car stands
-RACING = 35.0  # units per second along the road, on average, that count as racing; it is 50 on most tracks
+RACING = 35.0  # units per second along the road, on average, that count as racing; a lap in time takes more
 GRACE = {"stop": 3.0, "other": 5.0}  # seconds after the instruction that are not judged
 OBEYED_SHARE = 0.75  # of the decisions, for each of speed and side; a standing car must stand in all
 ON_ROAD_SHARE = 0.9  # of the decisions with a wheel on the road
@@ -85,10 +85,8 @@ class Target:
 RACE = Target()
 
 
-def random_target(rng, share=0.5):
-    """Any target, for the teacher's training: with probability 1 - `share` it races."""
-    if rng.random() >= share:
-        return RACE
+def random_target(rng):
+    """Any target, for the teacher's training."""
     kind = rng.choice(4, p=[0.3, 0.28, 0.26, 0.16])  # speed, side, both, stop
     if kind == 3:
         return Target(speed=0.0)
@@ -381,13 +379,6 @@ COMBINATIONS = {
 COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
 
-CONTRADICTIONS = lines("""
-    Keep left. Keep right.
-    Stop. Drive as fast as you can.
-    Drive slowly. Hurry.
-    Drive at speed thirty. Stop.
-""")
-
 # the plain question in other words
 WORDINGS = lines("""
     What should the vehicle do in this scenario?
@@ -424,10 +415,13 @@ KINDS = [name for name in INSTRUCTIONS if not name.startswith("speed ")] + ["spe
 
 
 def kind(name):
-    """The kind of an instruction, one of KINDS: "speed" and "combination" stand for many, the others for themselves."""
+    """The kind of an instruction, one of KINDS: "speed" and "combination" stand for many, the others for themselves.
+
+    That of nothing is "".
+    """
     if name.startswith("speed ") and name in INSTRUCTIONS:
         return "speed"
-    return name if name in INSTRUCTIONS or name == "garbled" else "combination"
+    return name if name in INSTRUCTIONS or name in ("", "garbled") else "combination"
 
 
 def target(name):
@@ -462,8 +456,21 @@ class Told(NamedTuple):
     target: Target
 
 
-def draw(rng, split="taught"):
-    """A random instruction, by the shares of the instructions, of combinations and of garbled words."""
+NOTHING = Told("", "taught", "", RACE)
+
+
+def draw_target(rng, share):
+    """A random target without words, for the teacher; with probability 1 - `share` nothing."""
+    return NOTHING._replace(target=random_target(rng)) if rng.random() < share else NOTHING
+
+
+def draw(rng, split="taught", share=1.0):
+    """A random instruction, by the shares of the instructions, of combinations and of garbled words.
+
+    With probability 1 - `share` nothing.
+    """
+    if rng.random() >= share:
+        return NOTHING
     shares = {name: instruction.share for name, instruction in INSTRUCTIONS.items()}
     shares |= {"combination": COMBINATION_SHARE, "garbled": GARBLED_SHARE}
     chances = np.array([*shares.values()])

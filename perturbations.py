@@ -6,7 +6,7 @@ Reads and writes nothing.
 import gymnasium as gym
 import numpy as np
 
-from road import Road, move_car
+from road import move_car
 
 THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
 THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
@@ -64,7 +64,7 @@ class Throws(gym.Wrapper):
 
     def throw(self):
         """One throw, now."""
-        car, rng, road = self.unwrapped.car, self.rng, Road(self)
+        car, rng, road = self.unwrapped.car, self.rng, self.get_wrapper_attr("road")
         turn, shift, velocity = rng.uniform(-np.pi, np.pi), np.zeros(2), None
         if rng.random() < 0.5:
             across = np.array([np.cos(road.heading), np.sin(road.heading)])

@@ -3,6 +3,7 @@
 Reads and writes nothing.
 """
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
 
@@ -32,6 +33,20 @@ class Road:
         if before is not None:
             tiles = (self.tile - before + length // 2) % length - length // 2
             self.travelled += tiles + self.along - along_before
+
+
+class FollowRoad(gym.Wrapper):
+    """Keep `road`, where on it the car is, up to date: it looks once after each decision, for all wrappers around it."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.road = Road(self)
+        return obs, info
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.road.look()
+        return result
 
 
 def move_car(car, turn, shift=(0.0, 0.0), velocity=None):

@@ -12,7 +12,6 @@ from torch import nn
 
 from car_racing_env import FRAME_SKIP, make_env
 from instructions import RACE, TARGET_SIZE, Target
-from road import Road
 from support.checks import BadInput, read_weights
 from support.run_files import ROOT
 
@@ -32,17 +31,15 @@ class PrivilegedState(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self.road = Road(self)
         return obs, info | {"state": self.state()}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.road.look()
         return obs, reward, terminated, truncated, info | {"state": self.state()}
 
     def state(self):
         """The privileged state of this moment."""
-        car, road = self.unwrapped.car, self.road
+        car, road = self.unwrapped.car, self.get_wrapper_attr("road")
         hull = car.hull
         sin, cos = np.sin(hull.angle), np.cos(hull.angle)
         to_car = np.array([[cos, -sin], [sin, cos]])  # columns: the car's right and forward
@@ -65,6 +62,17 @@ class PrivilegedState(gym.Wrapper):
         )
 
 
+def mlp(inputs, outputs, hidden_size=192):
+    """Two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden_size),
+        nn.Tanh(),
+        nn.Linear(hidden_size, hidden_size),
+        nn.Tanh(),
+        nn.Linear(hidden_size, outputs),
+    )
+
+
 class Teacher(nn.Module):
     """An MLP from privileged state and target (B, STATE_SIZE + TARGET_SIZE) to logits over the simulator's actions (B, 5).
 
@@ -72,15 +80,9 @@ class Teacher(nn.Module):
     that races already takes millions of decisions to find out that it could be slow.
     """
 
-    def __init__(self, hidden_size=192):
+    def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(STATE_SIZE + TARGET_SIZE, hidden_size),
-            nn.Tanh(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.Tanh(),
-            nn.Linear(hidden_size, 5),
-        )
+        self.net = mlp(STATE_SIZE + TARGET_SIZE, 5)
 
     def forward(self, state_and_target):
         speed, (told, target, stop) = state_and_target[:, 0], state_and_target[:, STATE_SIZE : STATE_SIZE + 3].T
@@ -106,9 +108,8 @@ def load_teacher(path=TEACHER):
     path = ROOT / path
     if not path.exists():
         raise BadInput(f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher")
-    weights = read_weights(path)
-    teacher = Teacher(weights["net.0.weight"].shape[0])
-    teacher.load_state_dict(weights)
+    teacher = Teacher()
+    teacher.load_state_dict(read_weights(path))
     return teacher.eval().requires_grad_(False)
 
 

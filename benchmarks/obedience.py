@@ -3,7 +3,7 @@
 A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py. Every
 track hears a phrasing of its own. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
 
-    python -m benchmarks.obedience      # 3 minutes for the teacher, 60 for a policy, on two CPU cores
+    python -m benchmarks.obedience      # not timed yet
 """
 
 import time
@@ -31,6 +31,7 @@ GROUPS = {
     "taught": "taught phrasings",
     "held_out": "phrasings never taught",
     "new": "speeds and combinations never taught",
+    "nothing": "told nothing",
 }
 
 NAMES = [name for name in INSTRUCTIONS if name.removeprefix("speed ") not in HELD_OUT_SPEEDS and name != "chatter"]
@@ -43,13 +44,17 @@ CASES = {  # group: names of the instructions
 }
 
 
+def judged_from(target, when):
+    """The first decision that is judged."""
+    return when + round(target.grace() * FPS / FRAME_SKIP)
+
+
 def judge(target, results, when):
     """For each drive: obeyed, and the shares of decisions at the speed and on the side asked for; arrays (N,).
 
     The decisions after the grace and before the episode's end count. Who leaves the field obeys nothing.
     """
-    start = when + round(target.grace() * FPS / FRAME_SKIP)
-    judged = []
+    start, judged = judged_from(target, when), []
     for i in range(results["speed"].shape[1]):
         rows = results["driving"][:, i].copy()
         rows[:start] = False
@@ -89,9 +94,10 @@ def measure(results, name, group):
         row["at_speed"] = round(float(at_speed.mean()), 3)
     if target.side is not None:
         row["on_side"] = round(float(on_side.mean()), 3)
-    after = results["driving"][WHEN + 125 :]
+    start = judged_from(target, WHEN)
+    after = results["driving"][start:]
     for column in ("speed", "offset"):
-        row[f"mean_{column}"] = round(float(results[column][WHEN + 125 :][after].mean()), 2)
+        row[f"mean_{column}"] = round(float(results[column][start:][after].mean()), 2)
     return row
 
 

@@ -5,7 +5,7 @@ along the road's direction within 440 frames; tiles that were never visited befo
 too. Beside it the same drives of a car that only coasts after the turn: turned by less than 90 degrees it often rolls on
 far enough. Writes benchmarks/recovery.json, a part for each driver.
 
-    python -m benchmarks.recovery      # 1 minute for the teacher, 10 for a policy, on two CPU cores
+    python -m benchmarks.recovery      # 8 minutes for the teacher on two slow CPU cores
 """
 
 import time

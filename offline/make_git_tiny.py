@@ -5,7 +5,7 @@ Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.jso
 about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Its vocabulary also
 holds the words of instructions.py, of which it has no idea yet.
 
-    python -m offline.make_git_tiny      # 25 to 45 minutes on two CPU cores; the shipped one: git checkout offline/git-tiny
+    python -m offline.make_git_tiny      # about an hour on two slow CPU cores (estimated); the shipped one: git checkout offline/git-tiny
 """
 
 import functools
@@ -28,7 +28,7 @@ import instructions
 import questions
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
-from instructions import random_target
+from instructions import draw_target
 from perturbations import RandomBursts, Throws
 from questions import describe
 from support import cards, checks, processes, run_files
@@ -49,6 +49,7 @@ KEEP = 0.2  # share of decisions that become frames: neighbours look alike
 BURST_START = 0.06  # stronger bursts than in the captions: the eyes should know every situation
 BURST_LONGEST = 8  # decisions
 THROWN = 0.006  # chance per decision that the car is thrown about
+TOLD_SHARE = 0.5  # of the time it drives under a target
 CHANGE = 0.01  # chance per decision that the target changes
 STUCK_LIMIT = 60  # decisions with all wheels on grass that end an episode
 NUM_WORKERS = 2
@@ -77,21 +78,22 @@ def load_driver():
     return load_teacher()
 
 
-def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, change):
+def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, told_share, change):
     """One episode: frames uint8 (n, 96, 96, 3) and a dict of answers for each."""
     teacher, rng = load_driver(), np.random.default_rng(track_seed)
     env = Throws(car_racing_env.make_env(draw=False), thrown, thrown)
+    env = car_racing_env.Instructed(env, functools.partial(draw_target, share=told_share), change)
     env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
     _, info = env.reset(seed=track_seed)
-    frames, answers, end, stuck, target = [], [], "", 0, random_target(rng)
+    frames, answers, end, stuck = [], [], "", 0
     while not end and stuck < stuck_limit:
+        target = env.get_wrapper_attr("told").target
         _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
         end = car_racing_env.episode_end(terminated, truncated, info)
         stuck = 0 if info["state"][8:12].any() else stuck + 1
-        target = random_target(rng) if rng.random() < change else target
         if rng.random() < keep:
             frames.append(env.unwrapped.draw())
-            answers.append(describe(info["state"], env.road))
+            answers.append(describe(info["state"], env.get_wrapper_attr("road")))
     return np.stack(frames or [env.unwrapped.draw()])[: len(answers)], answers
 
 
@@ -100,7 +102,7 @@ def collect(tracks, num_frames):
     frames, answers = [], []
     job = functools.partial(
         drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT, thrown=THROWN,
-        change=CHANGE,
+        told_share=TOLD_SHARE, change=CHANGE,
     )  # fmt: skip
     with (
         processes.workers(NUM_WORKERS) as run_jobs,
@@ -265,7 +267,7 @@ def main():
         globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
     )
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 25 to 45 minutes on two CPU cores with the default constants; replaces "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, about an hour on two slow CPU cores (estimated) with the default constants; replaces "
         f"{OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers = collect(TRAIN_TRACKS, TRAIN_FRAMES)

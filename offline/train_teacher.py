@@ -3,7 +3,7 @@
 Reads nothing. Writes offline/teacher.safetensors (the running average of the actor's weights, not the best of many
 evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run goes on.
 
-    python -m offline.train_teacher      # 40 to 60 minutes on two CPU cores
+    python -m offline.train_teacher      # some 50 minutes on two slow CPU cores
 
 The actor sees the car, 12 tiles of road and a target: a speed, a side of the road, standing still, or none, when it races.
 Targets change while it drives, and now and then the car is thrown about, so that it learns to come back from anywhere.
@@ -27,12 +27,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import car_racing_env
-from instructions import TARGET_SIZE, Told, random_target
+from instructions import TARGET_SIZE, draw_target
 from perturbations import RandomBursts, Throws
 from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
 from support import checks, processes, run_files
 from support.run_files import ROOT
-from teacher import STATE_SIZE, PrivilegedState, Teacher, make_evaluation_env
+from teacher import STATE_SIZE, PrivilegedState, Teacher, make_evaluation_env, mlp
 
 OUTPUT_DIR = "offline"
 SEED = 0
@@ -82,15 +82,9 @@ KNOWN = 4  # numbers that only the critic sees
 class Critic(nn.Module):
     """Value of what the actor sees plus what only the critic may know: time, visited share, missed tiles, time on grass."""
 
-    def __init__(self, hidden_size=192):
+    def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(SEEN + KNOWN, hidden_size),
-            nn.Tanh(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.Tanh(),
-            nn.Linear(hidden_size, 1),
-        )
+        self.net = mlp(SEEN + KNOWN, 1)
 
     def forward(self, state):
         return self.net(state)[:, 0]
@@ -125,31 +119,28 @@ def worker_envs(settings):
     torch.manual_seed(settings.seed)
     envs = []
     for env_seed in range(1000 * settings.seed, 1000 * settings.seed + settings.num_envs):
-        env = car_racing_env.make_env(draw=False)
-        env = car_racing_env.TrainingRewards(Throws(env), env_seed, settings.rewards)
-        env = car_racing_env.Instructed(env, functools.partial(draw, share=0.0), settings.change)
+        env = car_racing_env.Instructed(
+            Throws(car_racing_env.make_env(draw=False)), functools.partial(draw_target, share=0.0), settings.change
+        )
+        env = car_racing_env.TrainingRewards(env, env_seed, settings.rewards)
         envs.append(PrivilegedState(RandomBursts(env, env_seed, settings.burst_start, settings.burst_longest)))
     return envs, np.stack([critic_state(env, env.reset()[1]) for env in envs])
 
 
-def draw(rng, share):
-    """A target without words, as `Instructed` wants it; with probability 1 - `share` none."""
-    return Told("", "", "", random_target(rng, share))
-
-
 def critic_state(env, info):
     """What the critic sees, float32 (SEEN + KNOWN,): state, target, time, visited share, missed tiles, time on grass."""
-    base, missed, target = (env.unwrapped, *map(env.get_wrapper_attr, ("missed_tiles", "target")))
+    base, missed, told = (env.unwrapped, *map(env.get_wrapper_attr, ("missed_tiles", "told")))
     known = [base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5]
     known.append(env.get_wrapper_attr("grass_frames") / REWARDS.grass_limit)
-    return np.concatenate([info["state"], target.encode(), np.float32(known)])
+    return np.concatenate([info["state"], told.target.encode(), np.float32(known)])
 
 
 @torch.no_grad()
 def rollout(settings, num_steps, weights, difficulty):
     """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
 
-    `difficulty` from 0 to 1 scales targets, throws and what rewards give for them. Returns a dict of arrays (T, N, ...) and the finished episodes.
+    `difficulty` from 0 to 1 scales targets, throws and what rewards give for them. Returns a dict of arrays (T, N, ...)
+    and the finished episodes.
     """
     envs, states = worker_envs(settings)
     num_envs = len(envs)
@@ -161,7 +152,7 @@ def rollout(settings, num_steps, weights, difficulty):
     )
     for env in envs:
         env.set_wrapper_attr("rewards", rewards)
-        env.set_wrapper_attr("draw_instruction", functools.partial(draw, share=difficulty * settings.targets))
+        env.set_wrapper_attr("draw_instruction", functools.partial(draw_target, share=difficulty * settings.targets))
         env.set_wrapper_attr("at_start", difficulty * settings.thrown_at_start)
         env.set_wrapper_attr("chance", difficulty * settings.thrown)
     actor, critic = networks()
@@ -317,7 +308,7 @@ def main():
             part.load_state_dict(state[name])
         first, began = state["update"] + 1, began - state["seconds"]
     print(
-        f"{TOTAL_UPDATES} updates, 40 to 60 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
+        f"{TOTAL_UPDATES} updates, some 50 minutes on two slow CPU cores with the default constants; replaces {OUTPUT_DIR}/"
         "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout offline/teacher.safetensors)"
     )
     log = run_files.Log(output / "teacher_log.csv", keep_until=first - 1 if RESUME else None)

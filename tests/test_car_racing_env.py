@@ -15,7 +15,7 @@ from fast.car_racing import FastCarRacing
 from GitText2ActionWithPrompt import ANSWERS, to_simulator
 from instructions import RACE, SIDE, Target, Told
 from perturbations import Throws
-from road import Road, move_car
+from road import FollowRoad, Road, move_car
 from teacher import PrivilegedState
 
 ACCELERATE = ANSWERS["Accelerate"]
@@ -32,7 +32,8 @@ FLAT = dataclasses.replace(REWARDS, grass_penalty=10.0, miss_penalty=10.0, penal
 def test_identical_to_stock(skip, limit, driver, end):
     """Frame by frame to every kind of end; frames 100 and 301 fall inside a skip of 3."""
     stock = gym.wrappers.TimeLimit(CarRacing(continuous=False), limit)
-    fast = PrivilegedState(FrameSkip(gym.wrappers.TimeLimit(FastCarRacing(continuous=False), limit), skip))
+    fast = FrameSkip(gym.wrappers.TimeLimit(FastCarRacing(continuous=False), limit), skip)
+    fast = PrivilegedState(FollowRoad(fast))
     teacher, rng, ended = Teacher(), np.random.default_rng(skip), ""
     obs, info = fast.reset(seed=8)
     assert np.array_equal(obs, stock.reset(seed=8)[0])

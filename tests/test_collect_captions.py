@@ -25,7 +25,7 @@ def assert_captions(frames, rows, driven=None):
             row, frame = kept.pop(number), frames.pop(0)
             assert row["action"] == said == ANSWERS[row["text"]] and (row["prompt"], row["track_seed"]) == (PROMPT, 7)
             assert np.array_equal(frame, obs)
-            told, asked = describe(info["state"], env.road), row["asked"]
+            told, asked = describe(info["state"], env.get_wrapper_attr("road")), row["asked"]
             assert all(told[x["about"]] == x["text"] and x["question"] in QUESTIONS[x["about"]] for x in asked)
             targets = [RACE if x["instruction"] == "garbled" else target(x["instruction"]) for x in row["told"]]
             assert [ANSWERS[x["text"]] for x in row["told"]] == teacher.act(info["state"][None], targets).tolist()
