@@ -230,17 +230,18 @@ class GitText2ActionWithPrompt(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def prompts(self, instructions, count, ending=()):
+    def prompts(self, instructions, count, ending=(), question=None):
         """Instruction, question and `ending` as padded token ids int64 (count, T), and how many count, int64 (count,).
 
-        `instructions` is one for all frames, or a list with one for each; "" is the question alone.
+        `instructions` is one for all frames, or a list with one for each; "" is the question alone, by default the task's.
         """
         if isinstance(instructions, torch.Tensor):  # as this method returned them, perhaps with more padding
             lengths = (instructions != self.pad).sum(1)
             return instructions[:, : lengths.max()], lengths
         each = [instructions] if isinstance(instructions, str) else instructions
         each = each[:1] if len(set(each)) == 1 else each  # one prompt for all is expanded
-        each = [prompt_ids(self.processor.tokenizer, told, self.question) + [*ending] for told in each]
+        question = self.question if question is None else question
+        each = [prompt_ids(self.processor.tokenizer, told, question) + [*ending] for told in each]
         lengths = torch.tensor([len(ids) for ids in each], device=self.device)
         self.check_length(max(map(len, each)) - len(ending))
         tokens = pad_sequence([torch.tensor(ids) for ids in each], batch_first=True, padding_value=self.pad)
@@ -295,13 +296,16 @@ class GitText2ActionWithPrompt(nn.Module):
 
     @torch.no_grad()
     def ask(self, frames, question, instruction=""):
-        """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens."""
-        tokenizer = self.processor.tokenizer
-        prompt, stop = prompt_ids(tokenizer, instruction, question), tokenizer.sep_token_id
-        self.check_length(len(prompt))
-        room = min(MAX_ANSWER_TOKENS, len(self.weights.text_positions) - len(prompt))
+        """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens.
+
+        `instruction` is one for all frames, or a list with one for each.
+        """
+        tokenizer, (tokens, lengths) = self.processor.tokenizer, self.prompts(instruction, len(frames), (), question)
+        room = min(MAX_ANSWER_TOKENS, len(self.weights.text_positions) - tokens.shape[1])
         with self.autocast():
-            rows = git_forward.generate(self.weights, self.pixels(frames), prompt, stop, room)
+            rows = git_forward.generate(
+                self.weights, self.pixels(frames), tokens, lengths, tokenizer.sep_token_id, room
+            )
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def answer(self, frames, instructions=""):
@@ -309,13 +313,7 @@ class GitText2ActionWithPrompt(nn.Module):
 
         `instructions` is one for all frames, or a list with one for each.
         """
-        each = np.array([instructions] * len(frames) if isinstance(instructions, str) else instructions)
-        answers = [""] * len(frames)
-        for instruction in dict.fromkeys(each):  # frames with the same prompt generate together
-            rows = np.flatnonzero(each == instruction)
-            for row, text in zip(rows, self.ask(frames[rows], self.question, instruction)):
-                answers[row] = parse_answer(text) or text
-        return answers
+        return [parse_answer(text) or text for text in self.ask(frames, self.question, instructions)]
 
     def head(self, features, answer_log_probs, dropout=None):
         """Action logits (B, 5) and value (B,) from stored features.

@@ -36,20 +36,21 @@ def make_probe(angle, when):
     return PrivilegedState(TurnedRound(make_env(), angle, when))
 
 
-def drive(driver, tracks, decisions, told="", when=0, before="", angles=None):
+def drive(driver, tracks, decisions, says, angles=None, when=0):
     """One drive on each of the N `tracks`, side by side; returns a dict of arrays (decisions, N).
 
-    From decision `when` on the driver is told `told`, before it `before` (one for all, or a list with one for each), and its
-    car is turned by `angles`, radians, at that moment. `speed` and `along` (the road) in units per second, `offset` in
-    units, `on_road`, `driving` (False once the episode has ended) and `left_field` (True from when it ended there on).
+    `says` maps decisions to what the driver is told from then on, one for all or a list with one for each; it begins as it
+    is and is left so. Cars are turned by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units
+    per second, `offset` in units, `on_road`, `driving` (False once the episode has ended) and `left_field` (True from when
+    it ended there on).
     """
-    angles = [0.0] * len(tracks) if angles is None else angles
+    angles, plain = [0.0] * len(tracks) if angles is None else angles, driver.told
     envs = processes.Simulators([functools.partial(make_probe, angle, when) for angle in angles], "DISABLED")
     rows, driving, left_field = [], np.ones(len(tracks), dtype=bool), np.zeros(len(tracks), dtype=bool)
     with contextlib.closing(envs):
         frames, infos = envs.reset(seed=list(tracks))
         for decision in range(decisions):
-            driver.told = before if decision < when else told
+            driver.told = says.get(decision, driver.told)
             frames, _, terminated, truncated, infos = envs.step(driver(frames, {"state": infos["state"]}))
             done = terminated | truncated
             left_field = left_field | (
@@ -61,6 +62,7 @@ def drive(driver, tracks, decisions, told="", when=0, before="", angles=None):
                 seeds = [track if ended else None for track, ended in zip(tracks, done)]
                 frames, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
                 infos["state"][done] = reset_infos["state"][done]
+    driver.told = plain
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

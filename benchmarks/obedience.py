@@ -1,7 +1,8 @@
 """Who does what he is told? Each instruction, in taught and in other words, in mid-drive on tracks held out.
 
 A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py. Every
-track hears a phrasing of its own. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
+track hears a phrasing of its own. In some drives it is told to stop and later to drive on, in others two things that
+contradict each other. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
 
     python -m benchmarks.obedience      # not timed yet
 """
@@ -25,6 +26,7 @@ DRIVER = "teacher"  # one of evaluate.py, whose constants say which model
 TRACKS = range(100_200, 100_220)
 WHEN = 50  # decisions before it is told something
 TOLD = 300  # decisions after it
+PAUSE = 125  # decisions between "stop" and "drive on"
 COMBINATIONS = ("slow left", "slow middle", "speed thirty right", "speed forty left")  # of the taught ones
 OUTPUT = Path(__file__).with_suffix(".json")
 GROUPS = {
@@ -32,6 +34,8 @@ GROUPS = {
     "held_out": "phrasings never taught",
     "new": "speeds and combinations never taught",
     "nothing": "told nothing",
+    "changed": "told to stop, then to drive on",
+    "contradictory": "told two things that contradict each other",
 }
 
 NAMES = [name for name in INSTRUCTIONS if name.removeprefix("speed ") not in HELD_OUT_SPEEDS and name != "chatter"]
@@ -42,6 +46,14 @@ CASES = {  # group: names of the instructions
     "new": NEW,
     "nothing": [*NAMES, *COMBINATIONS, *NEW],  # the control: told nothing, judged as if told
 }
+CONTRADICTIONS = [
+    ("left", "right"),
+    ("right", "left"),
+    ("slow", "race"),
+    ("race", "slow"),
+    ("stop", "race"),
+    ("race", "stop"),
+]
 
 
 def judged_from(target, when):
@@ -77,14 +89,6 @@ def sentences(name, group, count):
     return [instructions.phrase(name, rng, split) for _ in range(count)]
 
 
-def drive(driver, told):
-    """TRACKS, plain at first, then under what the driver is `told`."""
-    plain = driver.told
-    results = drives.drive(driver, TRACKS, WHEN + TOLD, told, WHEN, plain)
-    driver.told = plain
-    return results
-
-
 def measure(results, name, group):
     """A row of what was obeyed of the instruction `name`."""
     target = instructions.target(name)
@@ -94,11 +98,34 @@ def measure(results, name, group):
         row["at_speed"] = round(float(at_speed.mean()), 3)
     if target.side is not None:
         row["on_side"] = round(float(on_side.mean()), 3)
-    start = judged_from(target, WHEN)
-    after = results["driving"][start:]
-    for column in ("speed", "offset"):
-        row[f"mean_{column}"] = round(float(results[column][start:][after].mean()), 2)
-    return row
+    return row | means(results, judged_from(target, WHEN))
+
+
+def means(results, start):
+    """Mean speed and offset from decision `start` on."""
+    driving = results["driving"][start:]
+    return {f"mean_{name}": round(float(results[name][start:][driving].mean()), 2) for name in ("speed", "offset")}
+
+
+def measure_change(driver, stop, race):
+    """The row of drives that stop and go on: obeyed if both are."""
+    later = WHEN + PAUSE
+    results = drives.drive(driver, TRACKS, later + TOLD, {WHEN: stop, later: race})
+    stopped = judge(instructions.target("stop"), {name: x[:later] for name, x in results.items()}, WHEN)[0]
+    raced = judge(instructions.target("race"), results, later)[0]
+    row = {"instruction": "stop, later race", "group": "changed", "drives": len(TRACKS)}
+    shares = {"obeyed": stopped * raced, "stopped": stopped, "raced": raced}
+    return row | {name: round(float(share.mean()), 3) for name, share in shares.items()}
+
+
+def measure_contradiction(driver, names):
+    """The row of drives that are told two things in one breath: which of them is obeyed?"""
+    said = [" ".join(pair) for pair in zip(*(sentences(name, "taught", len(TRACKS)) for name in names))]
+    results = drives.drive(driver, TRACKS, WHEN + TOLD, {WHEN: said})
+    row = {"instruction": " + ".join(names), "group": "contradictory", "drives": len(TRACKS)}
+    for name in names:
+        row[f"obeyed_{name}"] = round(float(judge(instructions.target(name), results, WHEN)[0].mean()), 3)
+    return row | means(results, judged_from(instructions.target("race"), WHEN))
 
 
 def draw(measured, path):
@@ -107,7 +134,8 @@ def draw(measured, path):
     series = {(driver, group): {} for driver, part in measured.items() for group in CASES}
     for driver, part in measured.items():
         for row in part["rows"]:
-            series[driver, row["group"]][row["instruction"]] = row
+            if row["group"] in CASES:
+                series[driver, row["group"]][row["instruction"]] = row
     series = {f"{driver}, {GROUPS[group]}": rows for (driver, group), rows in series.items() if rows}
     names = list(dict.fromkeys(name for rows in series.values() for name in rows))
     height = 0.8 / len(series)
@@ -136,17 +164,23 @@ def main():
     began = time.time()
     torch.set_num_threads(evaluate.TORCH_THREADS)
     driver, rows = evaluate.DRIVERS[DRIVER](), []
-    told_nothing = drive(driver, driver.told)
-    groups = [group for group in CASES if DRIVER != "teacher" or group != "held_out"]  # it reads no phrasings
+    reads = DRIVER != "teacher"  # it knows targets, no phrasings
+    told_nothing = drives.drive(driver, TRACKS, WHEN + TOLD, {})
+
+    def say(name, group="taught"):
+        return sentences(name, group, len(TRACKS)) if reads else instructions.target(name)
+
+    groups = [group for group in CASES if reads or group != "held_out"]
     cases = [(group, name) for group in groups for name in CASES[group]]
     for group, name in tqdm(cases):
         results = told_nothing
         if group != "nothing":
-            target = instructions.target(name)
-            results = drive(driver, target if DRIVER == "teacher" else sentences(name, group, len(TRACKS)))
+            results = drives.drive(driver, TRACKS, WHEN + TOLD, {WHEN: say(name, group)})
         rows.append(measure(results, name, group))
         tqdm.write(str(rows[-1]))
-    for group in groups:
+    rows.append(measure_change(driver, say("stop"), say("race")))
+    rows += [measure_contradiction(driver, names) for names in CONTRADICTIONS if reads]
+    for group in [*groups, "changed"]:
         print(f"{group}: {np.mean([row['obeyed'] for row in rows if row['group'] == group]):.1%} obeyed")
     measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
     facts = {"tracks": [TRACKS[0], TRACKS[-1]]} | run_files.run_facts() | {"seconds": round(time.time() - began)}

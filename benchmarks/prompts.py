@@ -1,67 +1,71 @@
-"""Does the language matter? The same adapter and policy asked in other words.
+"""Asked in other words, or told what means nothing: does it still race?
 
-For each prompt: exact answers on the validation split of CarRacing-Data/, and the score of the answers and of the PPO policy
-on validation tracks. Writes benchmarks/prompts.json.
+The plain question in ten wordings that were never taught, an empty question, and the plain question after garbled words and
+after sentences about other things. What each costs is paired with the plain question on the same tracks. Writes
+benchmarks/prompts.json, a part for each driver.
 
-    python -m benchmarks.prompts      # 12 minutes on two CPU cores
+    python -m benchmarks.prompts      # not timed yet
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import evaluate
-import train_git_lora_carllava_style as stage2
-from GitText2ActionWithPrompt import PROMPT, GitText2ActionWithPrompt
+import instructions
+from GitText2ActionWithPrompt import PROMPT
+from instructions import HELD_OUT_WORDINGS, INSTRUCTIONS
 from support import checks, run_files
-from support.run_files import ROOT
 
-POLICY = "results/published/policy"
-TRACKS = range(100_000, 100_020)
-OUTPUT = Path(__file__).parent / "prompts.json"
-PROMPTS = {
-    "task": PROMPT,
-    "paraphrase": "What should the car do now?",
-    "paraphrase, longer": "In this scenario, which action should the vehicle take?",
-    "empty": "",
-    "irrelevant": "How fast is the car?",  # one of the questions that git-tiny was pretrained on
-    "misleading": "The vehicle should turn right in this scenario.",
-}
+DRIVERS = ("answers", "policy")  # of evaluate.py, whose constants say which model
+TRACKS = range(100_200, 100_220)
+SENTENCES = 2  # garbled ones, and irrelevant ones
+OUTPUT = Path(__file__).with_suffix(".json")
 
 
-def exact_answers(model, data):
-    """Share of the captions whose answer the model generates."""
-    right = 0
-    for rows in torch.arange(len(data)).split(128):
-        frames, truth = zip(*(data[i] for i in rows))
-        right += sum(said == row["text"] for said, row in zip(model.answer(np.stack(frames)), truth))
-    return right / len(data)
+def cases():
+    """(group, instruction, question) of everything that is said, the plain question first."""
+    rng = np.random.default_rng(0)
+    return [
+        ("plain", "", PROMPT),
+        *(("wordings never taught", "", wording) for wording in HELD_OUT_WORDINGS),
+        *(("garbled", instructions.garbled(rng), PROMPT) for _ in range(SENTENCES)),
+        *(("irrelevant", sentence, PROMPT) for sentence in INSTRUCTIONS["chatter"].held_out[:SENTENCES]),
+        ("empty", "", ""),
+    ]
+
+
+def measure(driver):
+    """A row for each of the cases, and a summary of each group: its mean score, and by how much it is below the plain one."""
+    rows, returns = [], {}
+    for group, told, question in cases():
+        driver.told, driver.model.question = told, question
+        results = evaluate.evaluate(driver, TRACKS)
+        returns.setdefault(group, []).append([r["return"] for r in results])
+        rows.append({"group": group, "instruction": told, "question": question} | evaluate.summarize(results))
+        print(f"{group}: {told} {question} {rows[-1]['mean']:.1f} ± {rows[-1]['std']:.1f}", flush=True)
+    groups = {}
+    for group, scores in returns.items():
+        loss = (np.array(returns["plain"]) - scores).mean(0)  # by track
+        groups[group] = {
+            "sentences": len(scores),
+            "mean": round(float(np.mean(scores)), 2),
+            "loss": round(float(loss.mean()), 2),
+            "loss_standard_error": round(float(loss.std(ddof=1) / len(loss) ** 0.5), 2),
+        }
+    return {"groups": groups, "sentences": rows}
 
 
 def main():
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    model = GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
-    data = stage2.Captions(ROOT / stage2.DATA_DIR / "validation")
-    results = {}
-    for name, prompt in PROMPTS.items():
-        answers, policy = evaluate.Answers(model), evaluate.Policy(model)
-        model.question = prompt
-        row = {
-            "prompt": prompt,
-            "exact_answers": round(exact_answers(model, data), 4),
-            "answers": evaluate.score(answers, TRACKS),
-            "unparsable_share": round(answers.unparsable / answers.words, 4),
-            "policy": evaluate.score(policy, TRACKS),
-        }
-        results[name] = row
-        print(
-            f"{name}: exact {row['exact_answers']:.1%}, answers {row['answers']['mean']:.1f}, "
-            f"policy {row['policy']['mean']:.1f}",
-            flush=True,
-        )
-    facts = {"frames": len(data), "tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY}
-    run_files.write_json(OUTPUT, {"prompts": results} | facts | run_files.run_facts())
+    measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
+    for name in DRIVERS:
+        began, driver = time.time(), evaluate.DRIVERS[name]()
+        part = measure(driver) | {"tracks": [TRACKS[0], TRACKS[-1]]} | run_files.run_facts()
+        measured[name] = part | {"seconds": round(time.time() - began)}
+        run_files.write_json(OUTPUT, measured)
 
 
 if __name__ == "__main__":

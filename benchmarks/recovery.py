@@ -34,7 +34,7 @@ class Coasting:
     """A driver until its car is turned, then nobody."""
 
     def __init__(self, driver):
-        self.driver, self.told = driver, None
+        self.driver, self.told = driver, "drive"
 
     def __call__(self, frames, infos):
         actions = self.driver(frames, infos)
@@ -51,16 +51,16 @@ def main():
     began = time.time()
     torch.set_num_threads(evaluate.TORCH_THREADS)
     driver, rng = evaluate.DRIVERS[DRIVER](), np.random.default_rng(0)
-    plain, angles, back, rolled, still = driver.told, [], [], [], []
+    angles, back, rolled, still = [], [], [], []
     jobs = [track for _ in range(ROUNDS) for track in TRACKS]
     for start in tqdm(range(0, len(jobs), NUM_ENVS), unit=f"{NUM_ENVS} drives"):
         tracks = jobs[start : start + NUM_ENVS]
         turns = rng.uniform(-np.pi, np.pi, len(tracks))
         decisions = WHEN + FRAMES // FRAME_SKIP
-        results = drives.drive(driver, tracks, decisions, plain, WHEN, plain, turns)
+        results = drives.drive(driver, tracks, decisions, {}, turns, WHEN)
         angles += np.degrees(abs(turns)).tolist()
         back += came_back(results).tolist()
-        control = drives.drive(Coasting(driver), tracks, decisions, "coast", WHEN, "drive", turns)
+        control = drives.drive(Coasting(driver), tracks, decisions, {WHEN: "coast"}, turns, WHEN)
         rolled += came_back(control).tolist()
         still += results["driving"][WHEN].tolist()
     angles, back, rolled = (np.array(x)[still] for x in (angles, back, rolled))

@@ -169,16 +169,18 @@ def encode_image(w, pixels):
     return w.projection_norm(linear(w.post_norm(x), *w.projection))
 
 
-def embed(w, tokens, start=0):
-    """Embedded text (B, T, D) of token ids int64 (B, T), the first of them at position `start`."""
-    return w.text_norm(w.word_embeddings[tokens] + w.text_positions[start : start + tokens.shape[-1]])
+def embed(w, tokens, start=None):
+    """Embedded text (B, T, D) of token ids int64 (B, T), the first of them at position `start` int64 (B,) or 0."""
+    positions = torch.arange(tokens.shape[-1], device=tokens.device)
+    positions = positions if start is None else start[:, None] + positions
+    return w.text_norm(w.word_embeddings[tokens] + w.text_positions[positions])
 
 
 def decode(w, x, mask=None, cache=None, rows=None):
     """Decoder states of the rows x (B, T, D), and the cache that rows after them attend to.
 
     `cache` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
-    `mask` bool (T, rows before + T) says which row sees which; None: all see all. If `rows` int64 (B, R) is given, only
+    `mask` bool (T, rows before + T), or one for each of B, says which row sees which; None: all see all. If `rows` int64 (B, R) is given, only
     these leave the last layer: (B, R, D).
     """
     new_cache = []
@@ -257,16 +259,21 @@ def train_by_this_pass(git, image_processor):
     return git
 
 
-def generate(w, pixels, prompt, stop, max_tokens):
-    """Greedily chosen token ids after `prompt`, a list of ids, for each image, without `stop` and what follows it."""
-    text = torch.tensor([prompt], device=pixels.device).expand(len(pixels), -1)
-    states, cache = read(w, pixels, text, torch.full((len(pixels),), len(prompt), device=pixels.device))
-    tokens = torch.empty(len(pixels), 0, dtype=torch.int64, device=pixels.device)
-    while tokens.shape[1] < max_tokens and not (tokens == stop).any(1).all():
-        if tokens.shape[1]:
-            text = embed(w, tokens[:, -1:], len(prompt) + tokens.shape[1] - 1)
-            states, cache = decode(w, text, cache=cache)
+def generate(w, pixels, tokens, lengths, stop, max_tokens):
+    """Greedily chosen token ids after a prompt for each image, without `stop` and what follows it: a list of lists.
+
+    `tokens` int64 (B, T) are the prompts, of which `lengths` int64 (B,) count.
+    """
+    states, cache = read(w, pixels, tokens, lengths)
+    rows = cache[0][0].shape[2]
+    seen = torch.arange(rows, device=pixels.device) < rows - tokens.shape[1] + lengths[:, None]  # no padding
+    said = tokens[:, :0]
+    while said.shape[1] < max_tokens and not (said == stop).any(1).all():
+        if said.shape[1]:
+            seen = F.pad(seen, (0, 1), value=True)
+            word = embed(w, said[:, -1:], lengths + said.shape[1] - 1)
+            states, cache = decode(w, word, seen[:, None, None], cache)
         with torch.autocast(pixels.device.type, enabled=False):
             word = linear(states[:, -1].float(), *w.lm_head).argmax(-1)
-        tokens = torch.cat([tokens, word[:, None]], 1)
-    return [row[: row.index(stop)] if stop in row else row for row in tokens.tolist()]
+        said = torch.cat([said, word[:, None]], 1)
+    return [row[: row.index(stop)] if stop in row else row for row in said.tolist()]

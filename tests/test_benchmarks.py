@@ -21,7 +21,7 @@ class Scripted:
 @pytest.fixture(scope="module")
 def results():
     """Two cars told to stop after 40 decisions, the second turned round at that moment."""
-    return drives.drive(Scripted(), [3, 3], 120, "Stop.", 40, "", [0.0, np.pi])
+    return drives.drive(Scripted(), [3, 3], 120, {40: "Stop."}, [0.0, np.pi], 40)
 
 
 def test_a_drive_is_told_and_turned(results):
