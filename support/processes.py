@@ -42,7 +42,9 @@ def start_worker():
 def workers(num_workers):
     """Spawned processes, as a function `run_jobs(function, jobs)` that yields `function(job)` of each job in order.
 
-    They work 2 * `num_workers` jobs ahead. Leaving the context ends them; one that dies raises BrokenProcessPool.
+    They work 2 * `num_workers` jobs ahead. Leaving the context waits for these: a process that is ended while it hands over
+    a result would leave half of it in the pipe, and its reader waiting for the rest for ever. One that dies raises
+    BrokenProcessPool.
     """
 
     def run_jobs(function, jobs):
@@ -60,8 +62,7 @@ def workers(num_workers):
         try:
             yield run_jobs
         finally:
-            for process in (pool._processes or {}).values():  # from Python 3.14 on: pool.terminate_workers()
-                process.terminate()
+            pool.shutdown(cancel_futures=True)
 
 
 def make_in_worker(make_env, parent):

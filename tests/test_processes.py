@@ -30,8 +30,8 @@ ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 def test_jobs_come_back_in_order_and_closing_ends_the_workers():
     with processes.workers(2) as run_jobs:
         assert [*run_jobs(math.sqrt, iter(range(9)))] == [math.sqrt(number) for number in range(9)]
-        next(run_jobs(time.sleep, itertools.chain([0], itertools.repeat(600))))
         workers = multiprocessing.active_children()
+        next(run_jobs(bytes, itertools.repeat(30_000_000)))  # while results are handed over
     assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
     with processes.workers(1) as run_jobs, pytest.raises(BrokenProcessPool):  # one that dies is not waited for
         next(run_jobs(os._exit, iter([1])))
