@@ -1,7 +1,7 @@
 """What can be said to the car: instructions, their phrasings, what the driver shall do, and when it counts as obeyed.
 
 Reads and writes nothing. To add an instruction, add one entry to INSTRUCTIONS: the teacher drives by its target, obedience is
-measured on it, and the model only ever sees the sentences. All of it was fixed before a model learned any.
+measured on it, and the model only ever sees the sentences. Targets and thresholds were fixed before a model learned any.
 
 Language has splits as tracks have: `taught` phrasings are for stages 1 to 3; `held_out` ones, HELD_OUT_SPEEDS,
 HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only.
@@ -139,14 +139,44 @@ INSTRUCTIONS = {
             The road is free.
             Nobody is in the way.
             There is no limit.
-        """),
-        held_out=lines("""
             Please hurry up.
             Do not go slowly.
             Do not wait.
             The way ahead is free.
             You can drive as fast as you want.
             I want a fast lap.
+            Do not stop.
+            Do not brake.
+            Do not stay here.
+            Please do not wait here.
+            Go.
+            Go now, please.
+            Move on.
+            Faster.
+            Faster, please.
+            Drive faster.
+            Not so slowly.
+            Too slow.
+            You drive too slowly.
+            Do not drive slowly.
+            Do not be so careful.
+            There is no time.
+            The light is green.
+            The whole road is free.
+            The road ahead is free.
+            Could you go on?
+            Could you hurry up?
+            You can go now.
+            You should go faster.
+            I want you to race.
+        """),
+        held_out=lines("""
+            Do not be slow.
+            Faster, we are late.
+            Could you make it a fast lap?
+            There is nobody ahead.
+            Take the road as fast as it allows.
+            Please do not stop now.
         """),
     ),
     "slow": Instruction(
@@ -172,14 +202,44 @@ INSTRUCTIONS = {
             The road is wet.
             There is ice on the road.
             Children play here.
-        """),
-        held_out=lines("""
             Slowly, please.
             You drive too fast.
             Please do not go so fast.
             Carefully, there is ice.
             Gently, please.
             Children are on the road here.
+            Slower.
+            Slower, please.
+            Go slower.
+            Drive slower, please.
+            Do not go fast.
+            Do not go so fast.
+            Please do not hurry.
+            You are too fast.
+            You go too fast.
+            Take your time.
+            Be careful.
+            Careful, please.
+            Drive gently.
+            There is no hurry.
+            We are not late.
+            We are in no hurry.
+            Children play near the road.
+            People walk near the road.
+            It rained, drive carefully.
+            The road is not good here.
+            Could you go slower?
+            Could you take it slowly?
+            You should drive slowly.
+            I want you to slow down.
+        """),
+        held_out=lines("""
+            Please go slowly here.
+            You should be more careful.
+            Do not make it so fast.
+            Slow and careful, please.
+            There are children near the road.
+            Not fast, please.
         """),
     ),
     "left": Instruction(
@@ -205,13 +265,43 @@ INSTRUCTIONS = {
             Stay off the right side.
             Avoid the right lane.
             Leave the right side free.
-        """),
-        held_out=lines("""
             Stay left, please.
             Please leave the right lane.
             Could you drive close to the left edge?
             Do not use the right half.
             People walk on the right side of the road.
+            Left.
+            Left lane, please.
+            Go to the left.
+            Move to the left side.
+            Drive left of the middle.
+            Stay left of the middle.
+            Keep near the left edge.
+            Use the left side, please.
+            I want you on the left.
+            I want to drive on the left side.
+            You should keep left.
+            You should use the left lane.
+            Could you move over to the left?
+            Do not keep right.
+            Do not stay on the right.
+            Keep away from the right edge.
+            Stay away from the right.
+            The right side is blocked.
+            The right half is closed.
+            There are people on the right.
+            Children play on the right.
+            There is ice on the right.
+            An accident blocks the right lane.
+            The left side is free.
+            The left lane is the best.
+        """),
+        held_out=lines("""
+            Please stay near the left edge.
+            Could you move to the left half?
+            Do not go near the right edge.
+            The lane on the right is blocked.
+            A child plays on the right side.
             Drive four paces left of the middle.
         """),
     ),
@@ -238,13 +328,41 @@ INSTRUCTIONS = {
             Stay off the sides.
             Keep away from the edges.
             Leave both sides free.
-        """),
-        held_out=lines("""
             Middle, please.
-            Could you drive where both edges are far away?
             Do not drive at the sides.
             Both edges are closed.
             Both sides of the road are blocked.
+            Middle.
+            Center, please.
+            Drive on the middle line.
+            Stay near the middle.
+            Keep near the center.
+            Go to the middle.
+            Move to the middle.
+            Please move to the center.
+            Use the middle of the road.
+            I want you in the middle.
+            I want to drive in the middle.
+            You should stay in the middle.
+            Could you move to the middle?
+            Not left and not right.
+            Do not keep left or right.
+            Do not move to the sides.
+            Do not follow the edges.
+            Stay away from both edges.
+            There is ice on both sides.
+            Children play on both sides.
+            There are people on both sides.
+            Nobody should drive at the edges.
+            The middle is free.
+            The middle lane is the best.
+        """),
+        held_out=lines("""
+            Please use the center of the road.
+            Could you drive where both edges are far away?
+            Do not drive on the left or right side.
+            Stay away from the edges, please.
+            The sides are blocked.
             Stay zero paces from the middle.
         """),
     ),
@@ -271,13 +389,43 @@ INSTRUCTIONS = {
             The road ahead is blocked.
             The police want to see us.
             I want to get out.
-        """),
-        held_out=lines("""
             Stop here, please.
             Wait where you are.
             Do not drive.
             Brake, the light is red.
             A child is on the road.
+            Stop, please.
+            Stop here.
+            Do not go.
+            Do not drive on.
+            Please do not move.
+            Brake.
+            Brake now.
+            Brake, please.
+            Come to a halt.
+            Halt, please.
+            Wait.
+            Wait, please.
+            Wait a moment.
+            Stay here.
+            Could you wait here?
+            Could you stop now?
+            The light is not green.
+            The road is blocked.
+            There is an accident ahead.
+            There is a child on the road.
+            I want to stop.
+            I want you to stop.
+            You should stop.
+            You should wait here.
+            Hold it.
+        """),
+        held_out=lines("""
+            Please hold still.
+            Do not go on now.
+            Wait, the road is blocked.
+            You should not move.
+            The light ahead is red.
             The car stands still now.
         """),
     ),
@@ -304,14 +452,38 @@ INSTRUCTIONS = {
             Cats sleep a lot.
             We were in Paris.
             Do not forget the milk.
-        """),
-        held_out=lines("""
             The music is beautiful.
             She forgot a good book.
             It rained in Paris yesterday.
             Tell my mother a story.
             There is a bird in the window.
             Dinner was nice.
+            My brothers like coffee.
+            The book is good.
+            I like Paris.
+            She has a small house.
+            They like music.
+            The hat is beautiful.
+            I want more coffee.
+            What a nice song.
+            Do you like the weather?
+            Do you live in Paris?
+            He forgot dinner.
+            The day was nice.
+            Could you close the window?
+            Please call my brothers.
+            Please tell a story.
+            I do not like the coffee.
+            Do not call my mother.
+            Do not close the book.
+        """),
+        held_out=lines("""
+            He has a beautiful book.
+            I forgot the coffee.
+            My brothers live in Paris.
+            Do you know my mother?
+            Look at the small house.
+            Milk is good.
         """),
         share=0.03,
     ),
@@ -351,13 +523,35 @@ SPEED_PHRASINGS = lines("""
     Not faster and not slower than {}.
     Do not drive faster or slower than {}.
     Do not change the speed from {}.
-""")
-HELD_OUT_SPEED_PHRASINGS = lines("""
     Please go at a speed of {}.
     Could you change your speed to {}?
     Not slower than {} and not faster.
     The right speed here is {}.
     We want to see {}.
+    Speed {}.
+    Take speed {}.
+    Drive at {}, please.
+    Please keep {}.
+    Please stay at speed {}.
+    Keep it at {}.
+    Hold {}.
+    Change to {}.
+    Your limit is {}.
+    The limit on this road is {}.
+    I want speed {}.
+    You should go at {}.
+    You should drive at speed {}.
+    A speed of {}, please.
+    Could you keep {}?
+    The best speed is {}.
+    The car should go at {}.
+""")
+HELD_OUT_SPEED_PHRASINGS = lines("""
+    Please keep a speed of {}.
+    Could you change to speed {}?
+    Not slower and not faster than {}.
+    We want to go at {}.
+    The speed here should be {}.
     The car drives at speed {}.
 """)
 for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():

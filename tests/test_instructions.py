@@ -46,7 +46,7 @@ def test_training_draws_taught_sentences_only():
         parts = re.findall(r"[^.?]+[.?]", told.sentence)
         assert {part.strip() for part in parts} <= taught
         assert len(parts) == (2 if told.name in instructions.COMBINATIONS else 1)
-    assert instructions.is_held_out("slow left", "Keep left. Slowly, please.")
+    assert instructions.is_held_out("slow left", "Keep left. Slow and careful, please.")
     assert instructions.is_held_out("slow right", "Drive slowly. Keep right.")
     assert instructions.is_held_out("speed forty-five", "Drive at forty-five.")
     speeds = {f"speed {word}" for word in instructions.SPEEDS}
