@@ -56,7 +56,7 @@ def set_nan(path):
 
 
 TASK = {"prompt": "Why?", "answers": ["Fly"], "frame_skip": 4}
-HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Slowly, please.", "text": "Brake"}'
+HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'
 CASES = [  # script, a constant of it, what is spoiled and how, what the message names
     (COLLECT, {"POLICY": "no/policy"}, "", nothing, "no/policy"),
     (COLLECT, {"ANSWER_BY": "nobody"}, "", nothing, "ANSWER_BY"),
