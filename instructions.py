@@ -104,386 +104,134 @@ class Instruction(NamedTuple):
     share: float = 0.12
 
 
-def lines(text):
-    """The lines of a block, without blanks around them."""
-    return tuple(line.strip() for line in text.strip().splitlines())
+def sentences(text):
+    """The sentences of a block, each with its mark at the end."""
+    return tuple(" ".join(sentence.split()) for sentence in re.findall(r"[^.?]+[.?]", text))
 
 
-def mirrored(sentences):
+def mirrored(phrasings):
     """The same sentences for the other side of the road."""
     swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return tuple(re.sub(r"\b(left|right|Left|Right)\b", lambda word: swap[word[0]], sentence) for sentence in sentences)
+    return tuple(re.sub(r"\b(left|right|Left|Right)\b", lambda word: swap[word[0]], sentence) for sentence in phrasings)
 
 
 INSTRUCTIONS = {
     "race": Instruction(
         RACE,
-        taught=lines("""
-            Race.
-            Drive on.
-            Go on.
-            Keep going.
-            Drive as fast as you can.
-            Go as fast as the road allows.
-            Full speed ahead.
-            Please drive fast.
-            Please go on driving.
-            Could you drive faster?
-            Hurry.
-            Hurry up, please.
-            Finish the lap quickly.
-            Drive freely.
-            Do not slow down.
-            Do not waste time.
-            We are late.
-            The road is free.
-            Nobody is in the way.
-            There is no limit.
-            Please hurry up.
-            Do not go slowly.
-            Do not wait.
-            The way ahead is free.
-            You can drive as fast as you want.
-            I want a fast lap.
-            Do not stop.
-            Do not brake.
-            Do not stay here.
-            Please do not wait here.
-            Go.
-            Go now, please.
-            Move on.
-            Faster.
-            Faster, please.
-            Drive faster.
-            Not so slowly.
-            Too slow.
-            You drive too slowly.
-            Do not drive slowly.
-            Do not be so careful.
-            There is no time.
-            The light is green.
-            The whole road is free.
-            The road ahead is free.
-            Could you go on?
-            Could you hurry up?
-            You can go now.
-            You should go faster.
-            I want you to race.
+        taught=sentences("""
+            Race. Drive on. Go on. Keep going. Drive as fast as you can. Go as fast as the road allows. Full speed
+            ahead. Please drive fast. Please go on driving. Could you drive faster? Hurry. Hurry up, please. Finish
+            the lap quickly. Drive freely. Do not slow down. Do not waste time. We are late. The road is free.
+            Nobody is in the way. There is no limit. Please hurry up. Do not go slowly. Do not wait. The way ahead
+            is free. You can drive as fast as you want. I want a fast lap. Do not stop. Do not brake. Do not stay
+            here. Please do not wait here. Go. Go now, please. Move on. Faster. Faster, please. Drive faster. Not so
+            slowly. Too slow. You drive too slowly. Do not drive slowly. Do not be so careful. There is no time. The
+            light is green. The whole road is free. The road ahead is free. Could you go on? Could you hurry up? You
+            can go now. You should go faster. I want you to race.
         """),
-        held_out=lines("""
-            Do not be slow.
-            Faster, we are late.
-            Could you make it a fast lap?
-            There is nobody ahead.
-            Take the road as fast as it allows.
-            Please do not stop now.
+        held_out=sentences("""
+            Do not be slow. Faster, we are late. Could you make it a fast lap? There is nobody ahead. Take the road
+            as fast as it allows. Please do not stop now.
         """),
     ),
     "slow": Instruction(
         Target(speed=20.0),
-        taught=lines("""
-            Drive slowly.
-            Slow down.
-            Go slowly, please.
-            Please drive slowly.
-            Take it slowly.
-            Creep along.
-            Could you slow down?
-            Could you drive more carefully?
-            Reduce your speed.
-            Drive carefully.
-            Please be careful.
-            Not so fast.
-            Too fast.
-            Do not drive fast.
-            Do not hurry.
-            We have time.
-            Not so quickly, I feel sick.
-            The road is wet.
-            There is ice on the road.
-            Children play here.
-            Slowly, please.
-            You drive too fast.
-            Please do not go so fast.
-            Carefully, there is ice.
-            Gently, please.
-            Children are on the road here.
-            Slower.
-            Slower, please.
-            Go slower.
-            Drive slower, please.
-            Do not go fast.
-            Do not go so fast.
-            Please do not hurry.
-            You are too fast.
-            You go too fast.
-            Take your time.
-            Be careful.
-            Careful, please.
-            Drive gently.
-            There is no hurry.
-            We are not late.
-            We are in no hurry.
-            Children play near the road.
-            People walk near the road.
-            It rained, drive carefully.
-            The road is not good here.
-            Could you go slower?
-            Could you take it slowly?
-            You should drive slowly.
-            I want you to slow down.
+        taught=sentences("""
+            Drive slowly. Slow down. Go slowly, please. Please drive slowly. Take it slowly. Creep along. Could you
+            slow down? Could you drive more carefully? Reduce your speed. Drive carefully. Please be careful. Not so
+            fast. Too fast. Do not drive fast. Do not hurry. We have time. Not so quickly, I feel sick. The road is
+            wet. There is ice on the road. Children play here. Slowly, please. You drive too fast. Please do not go
+            so fast. Carefully, there is ice. Gently, please. Children are on the road here. Slower. Slower, please.
+            Go slower. Drive slower, please. Do not go fast. Do not go so fast. Please do not hurry. You are too
+            fast. You go too fast. Take your time. Be careful. Careful, please. Drive gently. There is no hurry. We
+            are not late. We are in no hurry. Children play near the road. People walk near the road. It rained,
+            drive carefully. The road is not good here. Could you go slower? Could you take it slowly? You should
+            drive slowly. I want you to slow down.
         """),
-        held_out=lines("""
-            Please go slowly here.
-            You should be more careful.
-            Do not make it so fast.
-            Slow and careful, please.
-            There are children near the road.
-            Not fast, please.
+        held_out=sentences("""
+            Please go slowly here. You should be more careful. Do not make it so fast. Slow and careful, please.
+            There are children near the road. Not fast, please.
         """),
     ),
     "left": Instruction(
         Target(side=-SIDE),
-        taught=lines("""
-            Keep left.
-            Keep to the left.
-            Stay on the left.
-            Drive on the left side.
-            Take the left lane.
-            Use the left half of the road.
-            Move over to the left.
-            Follow the left edge.
-            Please keep left.
-            Left, please.
-            Could you stay on the left?
-            Could you use the left lane?
-            The right lane is closed.
-            There is a hole on the right.
-            Somebody walks on the right.
-            A truck blocks the right side.
-            Do not drive on the right.
-            Stay off the right side.
-            Avoid the right lane.
-            Leave the right side free.
-            Stay left, please.
-            Please leave the right lane.
-            Could you drive close to the left edge?
-            Do not use the right half.
-            People walk on the right side of the road.
-            Left.
-            Left lane, please.
-            Go to the left.
-            Move to the left side.
-            Drive left of the middle.
-            Stay left of the middle.
-            Keep near the left edge.
-            Use the left side, please.
-            I want you on the left.
-            I want to drive on the left side.
-            You should keep left.
-            You should use the left lane.
-            Could you move over to the left?
-            Do not keep right.
-            Do not stay on the right.
-            Keep away from the right edge.
-            Stay away from the right.
-            The right side is blocked.
-            The right half is closed.
-            There are people on the right.
-            Children play on the right.
-            There is ice on the right.
-            An accident blocks the right lane.
-            The left side is free.
+        taught=sentences("""
+            Keep left. Keep to the left. Stay on the left. Drive on the left side. Take the left lane. Use the left
+            half of the road. Move over to the left. Follow the left edge. Please keep left. Left, please. Could you
+            stay on the left? Could you use the left lane? The right lane is closed. There is a hole on the right.
+            Somebody walks on the right. A truck blocks the right side. Do not drive on the right. Stay off the
+            right side. Avoid the right lane. Leave the right side free. Stay left, please. Please leave the right
+            lane. Could you drive close to the left edge? Do not use the right half. People walk on the right side
+            of the road. Left. Left lane, please. Go to the left. Move to the left side. Drive left of the middle.
+            Stay left of the middle. Keep near the left edge. Use the left side, please. I want you on the left. I
+            want to drive on the left side. You should keep left. You should use the left lane. Could you move over
+            to the left? Do not keep right. Do not stay on the right. Keep away from the right edge. Stay away from
+            the right. The right side is blocked. The right half is closed. There are people on the right. Children
+            play on the right. There is ice on the right. An accident blocks the right lane. The left side is free.
             The left lane is the best.
         """),
-        held_out=lines("""
-            Please stay near the left edge.
-            Could you move to the left half?
-            Do not go near the right edge.
-            The lane on the right is blocked.
-            A child plays on the right side.
-            Drive four paces left of the middle.
+        held_out=sentences("""
+            Please stay near the left edge. Could you move to the left half? Do not go near the right edge. The lane
+            on the right is blocked. A child plays on the right side. Drive four paces left of the middle.
         """),
     ),
     "middle": Instruction(
         Target(side=0.0),
-        taught=lines("""
-            Keep to the middle.
-            Stay in the middle.
-            Drive in the middle of the road.
-            Use the middle lane.
-            Keep to the center.
-            Stay in the center of the road.
-            Follow the middle line.
-            Please keep to the middle.
-            Middle of the road, please.
-            Could you stay in the middle?
-            Could you use the center?
-            Both sides are closed.
-            There are holes on both sides.
-            People walk on both sides.
-            Both edges are broken.
-            Do not go near the edges.
-            Avoid both sides.
-            Stay off the sides.
-            Keep away from the edges.
-            Leave both sides free.
-            Middle, please.
-            Do not drive at the sides.
-            Both edges are closed.
-            Both sides of the road are blocked.
-            Middle.
-            Center, please.
-            Drive on the middle line.
-            Stay near the middle.
-            Keep near the center.
-            Go to the middle.
-            Move to the middle.
-            Please move to the center.
-            Use the middle of the road.
-            I want you in the middle.
-            I want to drive in the middle.
-            You should stay in the middle.
-            Could you move to the middle?
-            Not left and not right.
-            Do not keep left or right.
-            Do not move to the sides.
-            Do not follow the edges.
-            Stay away from both edges.
-            There is ice on both sides.
-            Children play on both sides.
-            There are people on both sides.
-            Nobody should drive at the edges.
-            The middle is free.
-            The middle lane is the best.
+        taught=sentences("""
+            Keep to the middle. Stay in the middle. Drive in the middle of the road. Use the middle lane. Keep to
+            the center. Stay in the center of the road. Follow the middle line. Please keep to the middle. Middle of
+            the road, please. Could you stay in the middle? Could you use the center? Both sides are closed. There
+            are holes on both sides. People walk on both sides. Both edges are broken. Do not go near the edges.
+            Avoid both sides. Stay off the sides. Keep away from the edges. Leave both sides free. Middle, please.
+            Do not drive at the sides. Both edges are closed. Both sides of the road are blocked. Middle. Center,
+            please. Drive on the middle line. Stay near the middle. Keep near the center. Go to the middle. Move to
+            the middle. Please move to the center. Use the middle of the road. I want you in the middle. I want to
+            drive in the middle. You should stay in the middle. Could you move to the middle? Not left and not
+            right. Do not keep left or right. Do not move to the sides. Do not follow the edges. Stay away from both
+            edges. There is ice on both sides. Children play on both sides. There are people on both sides. Nobody
+            should drive at the edges. The middle is free. The middle lane is the best.
         """),
-        held_out=lines("""
-            Please use the center of the road.
-            Could you drive where both edges are far away?
-            Do not drive on the left or right side.
-            Stay away from the edges, please.
-            The sides are blocked.
-            Stay zero paces from the middle.
+        held_out=sentences("""
+            Please use the center of the road. Could you drive where both edges are far away? Do not drive on the
+            left or right side. Stay away from the edges, please. The sides are blocked. Stay zero paces from the
+            middle.
         """),
     ),
     "stop": Instruction(
         Target(speed=0.0),
-        taught=lines("""
-            Stop.
-            Stop now.
-            Stop the car.
-            Come to a stop.
-            Halt.
-            Hold still.
-            Brake and wait.
-            Wait here.
-            Stay where you are.
-            Please stop.
-            Please wait.
-            Could you stop here?
-            Do not move.
-            Do not go on.
-            The light is red.
-            A child runs into the road.
-            An accident blocks the road ahead.
-            The road ahead is blocked.
-            The police want to see us.
-            I want to get out.
-            Stop here, please.
-            Wait where you are.
-            Do not drive.
-            Brake, the light is red.
-            A child is on the road.
-            Stop, please.
-            Stop here.
-            Do not go.
-            Do not drive on.
-            Please do not move.
-            Brake.
-            Brake now.
-            Brake, please.
-            Come to a halt.
-            Halt, please.
-            Wait.
-            Wait, please.
-            Wait a moment.
-            Stay here.
-            Could you wait here?
-            Could you stop now?
-            The light is not green.
-            The road is blocked.
-            There is an accident ahead.
-            There is a child on the road.
-            I want to stop.
-            I want you to stop.
-            You should stop.
-            You should wait here.
-            Hold it.
+        taught=sentences("""
+            Stop. Stop now. Stop the car. Come to a stop. Halt. Hold still. Brake and wait. Wait here. Stay where
+            you are. Please stop. Please wait. Could you stop here? Do not move. Do not go on. The light is red. A
+            child runs into the road. An accident blocks the road ahead. The road ahead is blocked. The police want
+            to see us. I want to get out. Stop here, please. Wait where you are. Do not drive. Brake, the light is
+            red. A child is on the road. Stop, please. Stop here. Do not go. Do not drive on. Please do not move.
+            Brake. Brake now. Brake, please. Come to a halt. Halt, please. Wait. Wait, please. Wait a moment. Stay
+            here. Could you wait here? Could you stop now? The light is not green. The road is blocked. There is an
+            accident ahead. There is a child on the road. I want to stop. I want you to stop. You should stop. You
+            should wait here. Hold it.
         """),
-        held_out=lines("""
-            Please hold still.
-            Do not go on now.
-            Wait, the road is blocked.
-            You should not move.
-            The light ahead is red.
-            The car stands still now.
+        held_out=sentences("""
+            Please hold still. Do not go on now. Wait, the road is blocked. You should not move. The light ahead is
+            red. The car stands still now.
         """),
     ),
     "chatter": Instruction(  # says nothing about driving: the driver races
         RACE,
-        taught=lines("""
-            The weather is nice.
-            I like this music.
-            My sister plays the piano.
-            Dinner is at seven.
-            Look at that bird.
-            What a beautiful day.
-            He reads a book.
-            The coffee was good.
-            Please close the window.
-            Could you call my mother?
-            Do you know a good song?
-            Yesterday it rained.
-            They live in a small house.
-            She has two brothers.
-            I forgot my hat.
-            Tell me a story.
-            The grass is green.
-            Cats sleep a lot.
-            We were in Paris.
-            Do not forget the milk.
-            The music is beautiful.
-            She forgot a good book.
-            It rained in Paris yesterday.
-            Tell my mother a story.
-            There is a bird in the window.
-            Dinner was nice.
-            My brothers like coffee.
-            The book is good.
-            I like Paris.
-            She has a small house.
-            They like music.
-            The hat is beautiful.
-            I want more coffee.
-            What a nice song.
-            Do you like the weather?
-            Do you live in Paris?
-            He forgot dinner.
-            The day was nice.
-            Could you close the window?
-            Please call my brothers.
-            Please tell a story.
-            I do not like the coffee.
-            Do not call my mother.
-            Do not close the book.
+        taught=sentences("""
+            The weather is nice. I like this music. My sister plays the piano. Dinner is at seven. Look at that
+            bird. What a beautiful day. He reads a book. The coffee was good. Please close the window. Could you
+            call my mother? Do you know a good song? Yesterday it rained. They live in a small house. She has two
+            brothers. I forgot my hat. Tell me a story. The grass is green. Cats sleep a lot. We were in Paris. Do
+            not forget the milk. The music is beautiful. She forgot a good book. It rained in Paris yesterday. Tell
+            my mother a story. There is a bird in the window. Dinner was nice. My brothers like coffee. The book is
+            good. I like Paris. She has a small house. They like music. The hat is beautiful. I want more coffee.
+            What a nice song. Do you like the weather? Do you live in Paris? He forgot dinner. The day was nice.
+            Could you close the window? Please call my brothers. Please tell a story. I do not like the coffee. Do
+            not call my mother. Do not close the book.
         """),
-        held_out=lines("""
-            He has a beautiful book.
-            I forgot the coffee.
-            My brothers live in Paris.
-            Do you know my mother?
-            Look at the small house.
-            Milk is good.
+        held_out=sentences("""
+            He has a beautiful book. I forgot the coffee. My brothers live in Paris. Do you know my mother? Look at
+            the small house. Milk is good.
         """),
         share=0.03,
     ),
@@ -502,57 +250,20 @@ SPEEDS = {
     "fifty": 50.0,
 }
 HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}
-SPEED_PHRASINGS = lines("""
-    Drive at speed {}.
-    Drive at {}.
-    Go at {}.
-    Keep speed {}.
-    Stay at {}.
-    Make it {}.
-    Set the speed to {}.
-    Hold a speed of {}.
-    Please drive at {}.
-    Speed {}, please.
-    Could you go at speed {}?
-    Could you drive at {}?
-    I want to go at {}.
-    Your speed should be {}.
-    A speed of {} is good.
-    The speed limit is {}.
-    The limit here is {}.
-    Not faster and not slower than {}.
-    Do not drive faster or slower than {}.
-    Do not change the speed from {}.
-    Please go at a speed of {}.
-    Could you change your speed to {}?
-    Not slower than {} and not faster.
-    The right speed here is {}.
-    We want to see {}.
-    Speed {}.
-    Take speed {}.
-    Drive at {}, please.
-    Please keep {}.
-    Please stay at speed {}.
-    Keep it at {}.
-    Hold {}.
-    Change to {}.
-    Your limit is {}.
-    The limit on this road is {}.
-    I want speed {}.
-    You should go at {}.
-    You should drive at speed {}.
-    A speed of {}, please.
-    Could you keep {}?
-    The best speed is {}.
-    The car should go at {}.
+SPEED_PHRASINGS = sentences("""
+    Drive at speed {}. Drive at {}. Go at {}. Keep speed {}. Stay at {}. Make it {}. Set the speed to {}. Hold a
+    speed of {}. Please drive at {}. Speed {}, please. Could you go at speed {}? Could you drive at {}? I want to go
+    at {}. Your speed should be {}. A speed of {} is good. The speed limit is {}. The limit here is {}. Not faster
+    and not slower than {}. Do not drive faster or slower than {}. Do not change the speed from {}. Please go at a
+    speed of {}. Could you change your speed to {}? Not slower than {} and not faster. The right speed here is {}.
+    We want to see {}. Speed {}. Take speed {}. Drive at {}, please. Please keep {}. Please stay at speed {}. Keep
+    it at {}. Hold {}. Change to {}. Your limit is {}. The limit on this road is {}. I want speed {}. You should go
+    at {}. You should drive at speed {}. A speed of {}, please. Could you keep {}? The best speed is {}. The car
+    should go at {}.
 """)
-HELD_OUT_SPEED_PHRASINGS = lines("""
-    Please keep a speed of {}.
-    Could you change to speed {}?
-    Not slower and not faster than {}.
-    We want to go at {}.
-    The speed here should be {}.
-    The car drives at speed {}.
+HELD_OUT_SPEED_PHRASINGS = sentences("""
+    Please keep a speed of {}. Could you change to speed {}? Not slower and not faster than {}. We want to go at {}.
+    The speed here should be {}. The car drives at speed {}.
 """)
 for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
     INSTRUCTIONS[f"speed {word}"] = Instruction(
@@ -574,34 +285,18 @@ COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to t
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
 
 # the plain question in other words
-WORDINGS = lines("""
-    What should the vehicle do in this scenario?
-    What should the car do now?
-    What should the driver do here?
-    What shall the vehicle do next?
-    What would you do now?
-    What do you do in this situation?
-    What is to be done here?
-    What is the right action now?
-    Which action should the vehicle take?
-    Which action is best in this scenario?
-    How should the car drive on?
-    How do you drive here?
-    Tell me what the car should do.
-    Say what to do next.
-    Your next action?
+WORDINGS = sentences("""
+    What should the vehicle do in this scenario? What should the car do now? What should the driver do here? What
+    shall the vehicle do next? What would you do now? What do you do in this situation? What is to be done here?
+    What is the right action now? Which action should the vehicle take? Which action is best in this scenario? How
+    should the car drive on? How do you drive here? Tell me what the car should do. Say what to do next. Your next
+    action?
 """)
-HELD_OUT_WORDINGS = lines("""
-    What should the car do in this situation?
-    What should the vehicle do next?
-    What shall the driver do now?
-    What would the car do here?
-    What is the best action in this scenario?
-    Which action would you take now?
-    Which action is the right one here?
-    How should the vehicle drive in this scenario?
-    Tell me what to do next.
-    Say what the driver should do.
+HELD_OUT_WORDINGS = sentences("""
+    What should the car do in this situation? What should the vehicle do next? What shall the driver do now? What
+    would the car do here? What is the best action in this scenario? Which action would you take now? Which action
+    is the right one here? How should the vehicle drive in this scenario? Tell me what to do next. Say what the
+    driver should do.
 """)
 
 
@@ -629,8 +324,8 @@ def target(name):
 def phrase(name, rng, split="taught"):
     """One sentence that asks for the instruction `name`, two for a combination; `split` is "taught" or "held_out"."""
     if name in INSTRUCTIONS:
-        sentences = getattr(INSTRUCTIONS[name], split)
-        return sentences[rng.integers(len(sentences))]
+        phrasings = getattr(INSTRUCTIONS[name], split)
+        return phrasings[rng.integers(len(phrasings))]
     parts = [phrase(part, rng, split) for part in name.rsplit(" ", 1)]
     return " ".join(parts if rng.random() < 0.5 else parts[::-1])
 
@@ -685,16 +380,15 @@ def taught_sentences():
 @functools.cache
 def held_out_sentences():
     """Everything that may only be said in measurements: a set of strings."""
-    sentences = {sentence for instruction in INSTRUCTIONS.values() for sentence in instruction.held_out}
+    said = {sentence for instruction in INSTRUCTIONS.values() for sentence in instruction.held_out}
     for word in HELD_OUT_SPEEDS:
-        sentences |= set(INSTRUCTIONS[f"speed {word}"].taught)
-    return sentences | set(HELD_OUT_WORDINGS)
+        said |= set(INSTRUCTIONS[f"speed {word}"].taught)
+    return said | set(HELD_OUT_WORDINGS)
 
 
 def is_held_out(name, sentence):
     """Whether the instruction `name`, said in this `sentence` or two, is for measurements only."""
-    parts = {part.strip() for part in re.findall(r"[^.?]+[.?]", sentence)}
-    return name in HELD_OUT_COMBINATIONS or not parts.isdisjoint(held_out_sentences())
+    return name in HELD_OUT_COMBINATIONS or not held_out_sentences().isdisjoint(sentences(sentence))
 
 
 def digest():
