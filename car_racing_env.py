@@ -44,6 +44,7 @@ class Rewards:
     progress: float = (
         0.0  # per tile's length along the road, backwards negative: tells a car that was turned where to go
     )
+    facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
     # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does; being off the
     # side asked for costs; both are per decision, for errors from 0 to 1
     speed_kept: float = 2.4
@@ -106,7 +107,7 @@ class TrainingRewards(gym.Wrapper):
         self.track_seed = int(self.rng.integers(TRAIN_TRACKS))
         self.episode_return, self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0.0, 0, 0, 0, 0
         obs, info = self.env.reset(seed=self.track_seed, options=options)
-        self.frames_before, self.travelled = self._frames(), 0.0
+        self.frames_before, self.travelled, self.faces = self._frames(), 0.0, self._faces_the_road()
         return obs, info | {"track_seed": self.track_seed}
 
     def step(self, action):
@@ -120,7 +121,7 @@ class TrainingRewards(gym.Wrapper):
             terminated, end = True, "grass"
 
         reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip)) if target.speed is None else 0.0
-        reward += self._pay_for_the_way(target)
+        reward += self._pay_for_the_way(target) + self._pay_for_turning(info.get("thrown"))
         if not self.grace:
             reward -= penalty_scale * self.rewards.miss_penalty * newly_missed
         if end == "lap":
@@ -147,6 +148,14 @@ class TrainingRewards(gym.Wrapper):
             speed = progress * stock.TRACK_DETAIL_STEP * FPS / self.frame_skip
             reward += self.rewards.speed_kept * (1 - target.speed_error(speed))
         return reward
+
+    def _pay_for_turning(self, thrown):
+        """What the heading's change towards the road pays; a throw's own change pays nothing."""
+        before, self.faces = self.faces, self._faces_the_road()
+        return 0.0 if thrown else self.rewards.facing * (self.faces - before)
+
+    def _faces_the_road(self):
+        return float(np.cos(self.get_wrapper_attr("road").heading - self.unwrapped.car.hull.angle))
 
     def _look_at_the_road(self):
         """Tiles newly left behind unvisited, frames since a wheel touched the road, and the penalties' present share."""

@@ -42,7 +42,7 @@ NUM_WORKERS = 2  # processes, each with its own environments and a copy of the p
 ENVS_PER_WORKER = 16
 NUM_STEPS = 512  # decisions per environment and update
 TOTAL_UPDATES = 300  # x 16,384 decisions
-BURST_START = 0.01  # random bursts while training make the teacher good at recoveries
+BURST_START = 0.01  # random bursts while training make the teacher good at recoveries; they fade to none
 BURST_LONGEST = 7  # decisions
 PLAIN_UPDATES = 30  # first it learns to race; over as many again throws and targets come in
 TARGETS = 0.5  # share of the time with a target
@@ -58,6 +58,7 @@ REWARDS = dataclasses.replace(  # no ramp and no bonus: this critic knows how mu
     lap_bonus=0.0,
     thrown_grace=0,
     progress=0.5,
+    facing=40.0,  # without it a car that is turned round brakes and stands: the wrong way costs, standing nothing
 )
 
 LEARNING_RATE = 5e-4  # falls linearly to a fiftieth
@@ -65,7 +66,7 @@ AVERAGE = 0.95  # decay per update of the averaged actor, which is evaluated and
 GAMMA = 0.995  # per decision; 0.99 rewards haste, and haste is what misses tiles
 GAE_LAMBDA = 0.95
 CLIP = 0.2
-ENTROPY_COEF = 0.003
+ENTROPY_COEF = 0.003  # falls linearly to 0
 VALUE_COEF = 0.5
 K_EPOCHS = 6
 MINIBATCH_SIZE = 2048  # decisions
@@ -136,10 +137,10 @@ def critic_state(env, info):
 
 
 @torch.no_grad()
-def rollout(settings, num_steps, weights, difficulty):
+def rollout(settings, num_steps, weights, difficulty, noise):
     """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
 
-    `difficulty` from 0 to 1 scales targets, throws and what rewards give for them. Returns a dict of arrays (T, N, ...)
+    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them, `noise` the random bursts. Returns a dict of arrays (T, N, ...)
     and the finished episodes.
     """
     envs, states = worker_envs(settings)
@@ -148,6 +149,7 @@ def rollout(settings, num_steps, weights, difficulty):
     rewards = dataclasses.replace(
         rewards,
         progress=difficulty * rewards.progress,
+        facing=difficulty * rewards.facing,
         grass_limit=round(easy.grass_limit + difficulty * (rewards.grass_limit - easy.grass_limit)),
     )
     for env in envs:
@@ -155,6 +157,7 @@ def rollout(settings, num_steps, weights, difficulty):
         env.set_wrapper_attr("draw_instruction", functools.partial(draw_target, share=difficulty * settings.targets))
         env.set_wrapper_attr("at_start", difficulty * settings.thrown_at_start)
         env.set_wrapper_attr("chance", difficulty * settings.thrown)
+        env.set_wrapper_attr("start", noise * settings.burst_start)
     actor, critic = networks()
     actor.load_state_dict(weights[0])
     critic.load_state_dict(weights[1])
@@ -226,10 +229,10 @@ def copy_weights(module):
     return {name: p.clone() for name, p in module.state_dict().items()}
 
 
-def collect(workers, actor, critic, difficulty):
+def collect(workers, actor, critic, difficulty, noise):
     """Everyone's rollout: a dict of tensors (T, N, ...), and the finished episodes."""
     weights = copy_weights(actor), copy_weights(critic)
-    running = [pool.submit(roll_out, weights, difficulty) for pool, roll_out in workers]
+    running = [pool.submit(roll_out, weights, difficulty, noise) for pool, roll_out in workers]
     parts, episodes = zip(*(future.result() for future in running))
     data = {name: torch.from_numpy(np.concatenate([part[name] for part in parts], 1)) for name in parts[0]}
     return data, sum(episodes, [])
@@ -243,7 +246,7 @@ def make_batch(data, normalizer):
     return {name: x.flatten(0, 1) for name, x in (data | {"advantage": advantage, "returns": returns}).items()}
 
 
-def update(actor, critic, optimizer, batch):
+def update(actor, critic, optimizer, batch, entropy_coef):
     """K_EPOCHS over one batch of decisions; returns the last minibatch's losses and diagnostics."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(K_EPOCHS):
@@ -252,7 +255,7 @@ def update(actor, critic, optimizer, batch):
             advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
             logits, value = actor(b["state"][:, :SEEN]), critic(b["state"])
             terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
-            loss = terms["policy_loss"] - ENTROPY_COEF * terms["entropy"] + VALUE_COEF * terms["value_loss"]
+            loss = terms["policy_loss"] - entropy_coef * terms["entropy"] + VALUE_COEF * terms["value_loss"]
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -317,9 +320,10 @@ def main():
         for number in tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update"):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.98 * (number - 1) / TOTAL_UPDATES)
             difficulty = float(np.clip(number / PLAIN_UPDATES - 1, 0, 1))
-            data, episodes = collect(workers, actor, critic, difficulty)
+            noise = 1 - number / TOTAL_UPDATES
+            data, episodes = collect(workers, actor, critic, difficulty, noise)
             batch = make_batch(data, normalizer)
-            terms = update(actor, critic, optimizer, batch)
+            terms = update(actor, critic, optimizer, batch, noise * ENTROPY_COEF)
             average.update_parameters(actor)
 
             row = {"update": number, "decisions": number * len(batch["action"]), **summarize(episodes)}
