@@ -48,11 +48,11 @@ VALIDATION_TRACKS = range(100_000, 100_100)
 KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
 BURST_START = 0.04  # chance per decision that random actions take over, so that recoveries are in the data
 BURST_LONGEST = 7  # decisions
-THROWN = 0.0  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
-TOLD_SHARE = 0.0  # of the time the driver follows an instruction
+THROWN = 0.003  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
+TOLD_SHARE = 0.5  # of the time the driver follows an instruction
 CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
-DREAMED = 0  # instructions under which each frame is labelled
-ASKED = 0  # questions about the scene that each frame carries
+DREAMED = 4  # instructions under which each frame is labelled
+ASKED = 2  # questions about the scene that each frame carries
 STUCK_LIMIT = 150  # frames below walking pace, though not told to stand, after which an episode is dropped
 NUM_WORKERS = 2  # processes
 
@@ -89,11 +89,11 @@ class Settings(NamedTuple):
 def collect_episode(track_seed, settings, split="taught"):
     """Drive one track; returns the frames kept and their metadata rows, nothing if the car got stuck.
 
-    `split` says which phrasings are used: "taught", or "both" in turn. Everything random comes from the track seed, so the
+    `split` says which phrasings are used: "taught", some of them varied, or "both" in turn, as they are. Everything random comes from the track seed, so the
     dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(settings.policy)
-    rng = np.random.default_rng(track_seed)
+    rng, varied = np.random.default_rng(track_seed), instructions.VARIED_SHARE if split == "taught" else 0.0
     env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown)
     draw = functools.partial(instructions.draw, share=settings.told_share)
     env = car_racing_env.Instructed(env, draw, settings.change)
@@ -105,7 +105,7 @@ def collect_episode(track_seed, settings, split="taught"):
         driving, kept = env.get_wrapper_attr("told"), rng.random() < settings.keep
         frame = base.draw() if kept or model else None
         told = [
-            instructions.draw(rng, "held_out" if split == "both" and i % 2 else "taught")
+            instructions.draw(rng, "held_out" if split == "both" and i % 2 else "taught", varied_share=varied)
             for i in range(settings.dreamed if kept else 0)
         ]
         state = info["state"]

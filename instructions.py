@@ -283,6 +283,9 @@ COMBINATIONS = {
 
 COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
+VARIED_SHARE = 0.5  # of the sentences in the captions that are said as somebody else might say them
+SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # left out or added then
+SMALL_TALK_SHARE = 0.15  # of those that come with a sentence about something else
 
 # the plain question in other words
 WORDINGS = sentences("""
@@ -330,6 +333,20 @@ def phrase(name, rng, split="taught"):
     return " ".join(parts if rng.random() < 0.5 else parts[::-1])
 
 
+def varied(sentence, rng):
+    """The sentence as somebody else might say it: small words left out or added, perhaps with one about something else."""
+    words = [word for word in sentence[:-1].split() if word.strip(",").lower() not in SMALL_WORDS or rng.random() < 0.7]
+    before, after = rng.choice(["", "", "", "please", "now"]), rng.choice(["", "", "", "please", "now", "here"])
+    if before and words[0] != "I":
+        words[0] = words[0].lower()
+    said = " ".join(filter(None, [before, *words, after])).rstrip(",") + sentence[-1]
+    said = [said[0].upper() + said[1:]]
+    if rng.random() < SMALL_TALK_SHARE:
+        said.insert(rng.integers(2), phrase("chatter", rng))
+    said = " ".join(said)
+    return sentence if is_held_out("", said) else said
+
+
 def garbled(rng):
     """Two to four words of random letters."""
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -353,10 +370,10 @@ def draw_target(rng, share):
     return NOTHING._replace(target=random_target(rng)) if rng.random() < share else NOTHING
 
 
-def draw(rng, split="taught", share=1.0):
+def draw(rng, split="taught", share=1.0, varied_share=0.0):
     """A random instruction, by the shares of the instructions, of combinations and of garbled words.
 
-    With probability 1 - `share` nothing.
+    With probability 1 - `share` nothing; `varied_share` of the sentences are said as somebody else might.
     """
     if rng.random() >= share:
         return NOTHING
@@ -368,7 +385,9 @@ def draw(rng, split="taught", share=1.0):
         return Told(name, split, garbled(rng), RACE)
     if name == "combination":
         name = str(rng.choice(sorted(COMBINATIONS)))
-    return Told(name, split, phrase(name, rng, split), target(name))
+    sentence = phrase(name, rng, split)
+    sentence = varied(sentence, rng) if rng.random() < varied_share else sentence
+    return Told(name, split, sentence, target(name))
 
 
 def taught_sentences():
@@ -379,20 +398,29 @@ def taught_sentences():
 
 @functools.cache
 def held_out_sentences():
-    """Everything that may only be said in measurements: a set of strings."""
+    """Everything that may only be said in measurements: a set of strings, without case and marks."""
     said = {sentence for instruction in INSTRUCTIONS.values() for sentence in instruction.held_out}
     for word in HELD_OUT_SPEEDS:
         said |= set(INSTRUCTIONS[f"speed {word}"].taught)
-    return said | set(HELD_OUT_WORDINGS)
+    return {without_marks(sentence) for sentence in said | set(HELD_OUT_WORDINGS)}
+
+
+def without_marks(sentence):
+    """Its words in lower case."""
+    return " ".join(re.findall(r"[a-z-]+", sentence.lower()))
 
 
 def is_held_out(name, sentence):
     """Whether the instruction `name`, said in this `sentence` or two, is for measurements only."""
-    return name in HELD_OUT_COMBINATIONS or not held_out_sentences().isdisjoint(sentences(sentence))
+    return name in HELD_OUT_COMBINATIONS or not held_out_sentences().isdisjoint(map(without_marks, sentences(sentence)))
 
 
 def digest():
     """A short hash of what is said in training and asked for, by which a run says which instructions it had."""
     said = {name: (i.target.speed, i.target.side, i.taught, i.share) for name, i in INSTRUCTIONS.items()}
-    said |= {"combinations": sorted(COMBINATIONS), "wordings": WORDINGS, "shares": [COMBINATION_SHARE, GARBLED_SHARE]}
+    said |= {
+        "combinations": sorted(COMBINATIONS),
+        "wordings": WORDINGS,
+        "shares": [COMBINATION_SHARE, GARBLED_SHARE, VARIED_SHARE, SMALL_TALK_SHARE],
+    }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

@@ -46,7 +46,11 @@ def test_training_draws_taught_sentences_only():
         parts = re.findall(r"[^.?]+[.?]", told.sentence)
         assert {part.strip() for part in parts} <= taught
         assert len(parts) == (2 if told.name in instructions.COMBINATIONS else 1)
-    assert instructions.is_held_out("slow left", "Keep left. Slow and careful, please.")
+    for _ in range(3000):  # said as somebody else might: the same words but for small ones, and nothing held out
+        told = instructions.draw(rng, varied_share=1.0)
+        assert not instructions.is_held_out(told.name, told.sentence)
+        assert told.name == "garbled" or words([told.sentence]) - instructions.SMALL_WORDS <= words(taught)
+    assert instructions.is_held_out("slow left", "Keep left. slow and careful please.")
     assert instructions.is_held_out("slow right", "Drive slowly. Keep right.")
     assert instructions.is_held_out("speed forty-five", "Drive at forty-five.")
     speeds = {f"speed {word}" for word in instructions.SPEEDS}
