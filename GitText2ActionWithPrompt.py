@@ -83,19 +83,6 @@ def resize(frames, image_processor):
     return pixels
 
 
-def preprocess(frames, image_processor):
-    """What the processor makes of frames uint8 (B, H, W, 3), in one batched step: float32 (B, 3, S, S), normalised.
-
-    Equal to the processor itself where no resizing is needed. For Hugging Face's own forward; ours has it in the weights.
-    """
-    pixels = resize(frames, image_processor).contiguous()
-    mean, std = (
-        torch.tensor(x, dtype=torch.float32, device=pixels.device)[:, None, None]
-        for x in (image_processor.image_mean, image_processor.image_std)
-    )
-    return (pixels * image_processor.rescale_factor - mean) / std
-
-
 @functools.lru_cache(10_000)
 def prompt_ids(tokenizer, instruction="", question=PROMPT):
     """Token ids of [CLS], instruction and question, no [SEP]: the answer follows directly."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from car_racing_env import FPS, FRAME_SKIP, episode_end
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of, preprocess
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of
 from support.checks import BadInput
 from teacher import make_evaluation_env
 
@@ -104,11 +104,9 @@ def watch(driver, track_seed, heat_map=False):
 @torch.no_grad()
 def attention(model, frames, instruction=""):
     """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
-    inputs = {
-        "pixel_values": preprocess(frames, model.processor.image_processor),
-        "input_ids": model.prompts(instruction, len(frames))[0],
-    }
-    rows = model.base(**inputs, output_attentions=True).attentions[-1].mean(1)[:, -1]
+    pixels = model.processor.image_processor(list(frames), return_tensors="pt").pixel_values.to(model.device)
+    tokens, _ = model.prompts(instruction, len(frames))
+    rows = model.base(tokens, pixel_values=pixels, output_attentions=True).attentions[-1].mean(1)[:, -1]
     vision = model.base.config.vision_config
     n = vision.image_size // vision.patch_size
     return rows[:, 1 : 1 + n * n].unflatten(1, (n, n))  # after the image's own [CLS]

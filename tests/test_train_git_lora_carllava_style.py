@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from toy_lora import write_data
 
 import train_git_lora_carllava_style as stage2
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, preprocess, prompt_ids
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, prompt_ids
 from instructions import WORDINGS
 
 
@@ -66,7 +66,7 @@ def test_validation_counts_what_the_model_says(toy_base, data):
             prompt = prompt_ids(model.processor.tokenizer, told, question)
             words = model.processor.tokenizer(answer).input_ids[1:]
             tokens = torch.tensor([prompt + words])
-            pixels = preprocess(frame[None], model.processor.image_processor)
+            pixels = model.processor.image_processor(frame, return_tensors="pt").pixel_values
             logits = model.git(pixel_values=pixels, input_ids=tokens).logits[0, -len(words) - 1 : -1]
             losses.append(F.cross_entropy(logits, torch.tensor(words)).item())
     assert metrics["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
