@@ -14,6 +14,7 @@ from gymnasium.envs.box2d import car_racing as stock
 import instructions
 from perturbations import Throws
 from road import FollowRoad
+from support.resume import Resumable
 
 ENV_ID = "CarRacing-v3"
 FPS = stock.FPS
@@ -30,20 +31,14 @@ class Rewards:
     what the task charges for the same mistake: beside the tiles' rewards the two then agree.
     """
 
-    clip: float = (
-        10.0  # bound on the task's reward per decision; a tile pays about 3.5, so 1 would pay two tiles like one
-    )
+    clip: float = 10.0  # bound on the task's reward per decision; at 1 two tiles, 3.5 each, would pay like one
     grass_limit: int = 50  # frames with all four wheels on grass before the episode ends
     grass_penalty: float = 300.0  # subtracted by that end
     miss_penalty: float = 100.0  # subtracted for each tile left behind; the first one costs the lap, some 30 points
     penalty_ramp: float = 0.25  # share of the lap over which both penalties grow from 0: a beginner would stand still
-    lap_bonus: float = (
-        100.0  # added by a finished lap: about what driving on would be worth, as no frame shows the finish
-    )
+    lap_bonus: float = 100.0  # added by a finished lap: about what driving on would be worth; no frame shows the finish
     thrown_grace: int = 300  # frames after a throw in which neither grass nor tiles left behind cost anything
-    progress: float = (
-        0.0  # per tile's length along the road, backwards negative: tells a car that was turned where to go
-    )
+    progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
     facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
     # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does; being off the
     # side asked for costs; both are per decision, for errors from 0 to 1
@@ -205,37 +200,6 @@ class Instructed(gym.Wrapper):
     def tell(self):
         """Draw the next instruction."""
         self.told = self.draw_instruction(self.instruction_rng)
-
-
-class Resumable(gym.Wrapper):
-    """Exact resume of an episode. Box2D's state cannot be saved: `snapshot` keeps what led there, and it is driven again.
-
-    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The first
-    `reset` after `resume_from` was set to a snapshot drives its actions again, undrawn, to the very same moment.
-    """
-
-    resume_from = None
-
-    def reset(self, *, seed=None, options=None):
-        snapshot, self.resume_from = self.resume_from, None
-        rng, draw = self.get_wrapper_attr("rng"), self.get_wrapper_attr("draw")
-        if snapshot:
-            rng.bit_generator.state = snapshot["rng"]
-        self.rng_before, self.actions = rng.bit_generator.state, []
-        self.set_wrapper_attr("draw", draw and not snapshot)
-        obs, info = self.env.reset(seed=seed, options=options)
-        for action in snapshot["actions"] if snapshot else ():
-            info |= self.step(action)[4]
-        self.set_wrapper_attr("draw", draw)
-        return self.unwrapped.draw() if draw and snapshot else obs, info
-
-    def step(self, action):
-        self.actions.append(int(action))
-        return self.env.step(action)
-
-    def snapshot(self):
-        """The generator's state before this episode drew its track, and the actions since."""
-        return {"rng": self.rng_before, "actions": list(self.actions)}
 
 
 def make_env(frame_skip=FRAME_SKIP, draw=True, **kwargs):

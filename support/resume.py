@@ -1,0 +1,37 @@
+"""Exact resume of an episode in mid-drive.
+
+Reads and writes nothing.
+"""
+
+import gymnasium as gym
+
+
+class Resumable(gym.Wrapper):
+    """Exact resume of an episode. Box2D's state cannot be saved: `snapshot` keeps what led there, and it is driven again.
+
+    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The first
+    `reset` after `resume_from` was set to a snapshot drives its actions again, undrawn, to the very same moment.
+    """
+
+    resume_from = None
+
+    def reset(self, *, seed=None, options=None):
+        snapshot, self.resume_from = self.resume_from, None
+        rng, draw = self.get_wrapper_attr("rng"), self.get_wrapper_attr("draw")
+        if snapshot:
+            rng.bit_generator.state = snapshot["rng"]
+        self.rng_before, self.actions = rng.bit_generator.state, []
+        self.set_wrapper_attr("draw", draw and not snapshot)
+        obs, info = self.env.reset(seed=seed, options=options)
+        for action in snapshot["actions"] if snapshot else ():
+            info |= self.step(action)[4]
+        self.set_wrapper_attr("draw", draw)
+        return self.unwrapped.draw() if draw and snapshot else obs, info
+
+    def step(self, action):
+        self.actions.append(int(action))
+        return self.env.step(action)
+
+    def snapshot(self):
+        """The generator's state before this episode drew its track, and the actions since."""
+        return {"rng": self.rng_before, "actions": list(self.actions)}
