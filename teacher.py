@@ -19,6 +19,7 @@ TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 STATE_SIZE = 15 + 2 * TILES_AHEAD
 GOVERNOR = 20.0  # added to the logits of gas and brake, at most
+BACKWARDS = -0.9  # cosine of the heading against the road below which a car faces the wrong way
 
 
 class PrivilegedState(gym.Wrapper):
@@ -77,7 +78,8 @@ class Teacher(nn.Module):
     """An MLP from privileged state and target (B, STATE_SIZE + TARGET_SIZE) to logits over the simulator's actions (B, 5).
 
     Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A policy
-    that races already takes millions of decisions to find out that it could be slow.
+    that races already takes millions of decisions to find out that it could be slow. And told no speed, it does not brake while
+    it faces the wrong way: it would stand there for good.
     """
 
     def __init__(self):
@@ -88,7 +90,8 @@ class Teacher(nn.Module):
         speed, (told, target, stop) = state_and_target[:, 0], state_and_target[:, STATE_SIZE : STATE_SIZE + 3].T
         excess = told * torch.tanh(20 * (speed - target)) * (1 - stop) + stop  # speeds are in units of 50 here
         zero = torch.zeros_like(excess)
-        governor = torch.stack([zero, zero, zero, -excess, excess.clamp(min=0)], 1)  # accelerate is 3, brake 4
+        lost = (state_and_target[:, 14] < BACKWARDS) * (1 - told)
+        governor = torch.stack([zero, zero, zero, -excess, excess.clamp(min=0) - lost], 1)  # accelerate is 3, brake 4
         return self.net(state_and_target) + GOVERNOR * governor
 
     @torch.no_grad()
