@@ -20,6 +20,7 @@ TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 STATE_SIZE = 15 + 2 * TILES_AHEAD
 GOVERNOR = 20.0  # added to the logits of gas and brake, at most
 BACKWARDS = -0.9  # cosine of the heading against the road below which a car faces the wrong way
+CRAWL = 4.0  # units per second: slower is standing
 
 
 class PrivilegedState(gym.Wrapper):
@@ -78,8 +79,8 @@ class Teacher(nn.Module):
     """An MLP from privileged state and target (B, STATE_SIZE + TARGET_SIZE) to logits over the simulator's actions (B, 5).
 
     Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A policy
-    that races already takes millions of decisions to find out that it could be slow. And told no speed, it does not brake while
-    it faces the wrong way: it would stand there for good.
+    that races already takes millions of decisions to find out that it could be slow. Told no speed, it gives gas when it stands,
+    and does not brake while it faces the wrong way: it would stand there for good, steering.
     """
 
     def __init__(self):
@@ -91,7 +92,10 @@ class Teacher(nn.Module):
         excess = told * torch.tanh(20 * (speed - target)) * (1 - stop) + stop  # speeds are in units of 50 here
         zero = torch.zeros_like(excess)
         lost = (state_and_target[:, 14] < BACKWARDS) * (1 - told)
-        governor = torch.stack([zero, zero, zero, -excess, excess.clamp(min=0) - lost], 1)  # accelerate is 3, brake 4
+        stands = (torch.hypot(50 * speed, 20 * state_and_target[:, 1]) < CRAWL) * (1 - told)
+        governor = torch.stack(
+            [zero, zero, zero, stands - excess, excess.clamp(min=0) - lost], 1
+        )  # accelerate is 3, brake 4
         return self.net(state_and_target) + GOVERNOR * governor
 
     @torch.no_grad()
