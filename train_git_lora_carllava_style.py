@@ -51,7 +51,7 @@ MACRO_MIN_FRAMES = 30  # the macro recall leaves out actions with fewer validati
 
 LORA_RANK = 32
 LORA_ALPHA = 64
-EPOCHS = 4
+EPOCHS = 3
 PLAIN_TEXTS = 1  # per frame and epoch: the plain question
 TOLD_TEXTS = 2  # the question under an instruction
 ASKED_TEXTS = 1  # questions about the scene
