@@ -48,11 +48,11 @@ VALIDATION_TRACKS = range(100_000, 100_100)
 KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
 BURST_START = 0.04  # chance per decision that random actions take over, so that recoveries are in the data
 BURST_LONGEST = 7  # decisions
-THROWN = 0.003  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
-TOLD_SHARE = 0.5  # of the time the driver follows an instruction
+THROWN = 0.0  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
+TOLD_SHARE = 0.0  # of the time the driver follows an instruction
 CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
-DREAMED = 4  # instructions under which each frame is labelled
-ASKED = 2  # questions about the scene that each frame carries
+DREAMED = 0  # instructions under which each frame is labelled
+ASKED = 0  # questions about the scene that each frame carries
 STUCK_LIMIT = 150  # frames below walking pace, though not told to stand, after which an episode is dropped
 NUM_WORKERS = 2  # processes
 

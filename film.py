@@ -16,11 +16,7 @@ from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of
 from support.checks import BadInput
 from teacher import make_evaluation_env
 
-SCENE_QUESTIONS = (  # of questions.py, asked in turn for a sentence below the answer
-    "How does the road bend next?",
-    "How fast is the car?",
-    "Where on the road is the car?",
-)
+SCENE_QUESTIONS = ()  # asked in turn, for a sentence below the answer: "How does the road bend next?", ...
 SCENE_EVERY = 25  # decisions between two of them
 
 

@@ -51,11 +51,11 @@ MACRO_MIN_FRAMES = 30  # the macro recall leaves out actions with fewer validati
 
 LORA_RANK = 32
 LORA_ALPHA = 64
-EPOCHS = 3
+EPOCHS = 4
 PLAIN_TEXTS = 1  # per frame and epoch: the plain question
 TOLD_TEXTS = 2  # the question under an instruction
 ASKED_TEXTS = 1  # questions about the scene
-REWORDED = 0.5  # share of the plain texts, and half of it of those under an instruction, that ask in other words
+REWORDED = 0.0  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
 LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
 WEIGHT_DECAY = 0.0

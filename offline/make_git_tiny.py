@@ -5,7 +5,7 @@ Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.jso
 about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Its vocabulary also
 holds the words of instructions.py, of which it has no idea yet.
 
-    python -m offline.make_git_tiny      # about an hour on two slow CPU cores (estimated); the shipped one: git checkout offline/git-tiny
+    python -m offline.make_git_tiny      # 20 minutes on two fast CPU cores, an hour on slow ones; the shipped one: git checkout offline/git-tiny
 """
 
 import functools
