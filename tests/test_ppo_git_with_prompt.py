@@ -178,7 +178,9 @@ def test_microbatches_add_up_to_the_minibatch(toy_model, script):
     toy_model.add_lora(2, 4)
     randomize(toy_model, "lora_B", "_head.")
     batch, results = make_batch(toy_model, 20), []
-    toy_model.weights = git_forward.prepare(toy_model.base, toy_model.processor.image_processor, onednn=False)  # to copy
+    toy_model.weights = git_forward.prepare(
+        toy_model.base, toy_model.processor.image_processor, onednn=False
+    )  # to copy
     for size in (20, 7):
         model, edited = copy.deepcopy(toy_model), script("ppo_git_with_prompt", MICROBATCH_SIZE=size)
         lora = [p for n, p in model.named_parameters() if "lora_" in n]
