@@ -89,8 +89,8 @@ class Settings(NamedTuple):
 def collect_episode(track_seed, settings, split="taught"):
     """Drive one track; returns the frames kept and their metadata rows, nothing if the car got stuck.
 
-    `split` says which phrasings are used: "taught", some of them varied, or "both" in turn, as they are. Everything random comes from the track seed, so the
-    dataset does not depend on the number of workers.
+    `split` says which phrasings are used: "taught", some of them varied, or "both" in turn, as they are. Everything random
+    comes from the track seed, so the dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(settings.policy)
     rng, varied = np.random.default_rng(track_seed), instructions.VARIED_SHARE if split == "taught" else 0.0

@@ -140,8 +140,8 @@ def critic_state(env, info):
 def rollout(settings, num_steps, weights, difficulty, noise):
     """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
 
-    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them, `noise` the random bursts. Returns a dict of arrays (T, N, ...)
-    and the finished episodes.
+    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them, `noise` the random bursts. Returns a
+    dict of arrays (T, N, ...) and the finished episodes.
     """
     envs, states = worker_envs(settings)
     num_envs = len(envs)

@@ -84,7 +84,8 @@ def test_another_base(seen):
 
 
 def test_another_instruction(seen):
-    assert seen["crawled"] and set(seen["crawled"]) & set(seen["crawl"])  # the others are varied
+    held_out = {"Could you crawl?", "Please drive as slowly as you can."}
+    assert set(seen["crawled"]) & set(seen["crawl"]) and not held_out & set(seen["crawled"])  # the others are varied
 
 
 def push(env, speed):
