@@ -87,7 +87,7 @@ RACE = Target()
 
 def random_target(rng):
     """Any target, for the teacher's training."""
-    kind = rng.choice(4, p=[0.3, 0.28, 0.26, 0.16])  # speed, side, both, stop
+    kind = rng.choice(4, p=[0.15, 0.4, 0.4, 0.05])  # speed, side, both, stop
     if kind == 3:
         return Target(speed=0.0)
     speed = float(rng.uniform(10, 60)) if kind != 1 else None
@@ -283,9 +283,8 @@ COMBINATIONS = {
 
 COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
-VARIED_SHARE = 0.5  # of the sentences in the captions that are said as somebody else might say them
 SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # left out or added then
-SMALL_TALK_SHARE = 0.15  # of those that come with a sentence about something else
+SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
 
 # the plain question in other words
 WORDINGS = sentences("""
@@ -381,10 +380,15 @@ def draw(rng, split="taught", share=1.0, varied_share=0.0):
     shares |= {"combination": COMBINATION_SHARE, "garbled": GARBLED_SHARE}
     chances = np.array([*shares.values()])
     name = str(rng.choice([*shares], p=chances / chances.sum()))
-    if name == "garbled":
-        return Told(name, split, garbled(rng), RACE)
     if name == "combination":
         name = str(rng.choice(sorted(COMBINATIONS)))
+    return say(name, rng, split, varied_share)
+
+
+def say(name, rng, split="taught", varied_share=0.0):
+    """The instruction `name`, or "garbled", in one of its phrasings, as `draw` does it."""
+    if name == "garbled":
+        return Told(name, split, garbled(rng), RACE)
     sentence = phrase(name, rng, split)
     sentence = varied(sentence, rng) if rng.random() < varied_share else sentence
     return Told(name, split, sentence, target(name))
@@ -421,6 +425,6 @@ def digest():
     said |= {
         "combinations": sorted(COMBINATIONS),
         "wordings": WORDINGS,
-        "shares": [COMBINATION_SHARE, GARBLED_SHARE, VARIED_SHARE, SMALL_TALK_SHARE],
+        "shares": [COMBINATION_SHARE, GARBLED_SHARE, SMALL_TALK_SHARE],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

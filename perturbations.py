@@ -10,6 +10,8 @@ from road import move_car
 
 THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
 THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
+SPED_UP = 0.7  # share of the throws that only make it this fast, in its direction
+SPED_UP_TO = (60.0, 95.0)  # units per second: gas and nothing else ends at 94
 
 
 class RandomBursts(gym.Wrapper):
@@ -41,8 +43,9 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: with probability `at_start` at once, later with `chance` per decision.
 
-    Turned by any angle and, half of the time, put anywhere across road and verge; its velocity turns along, stays as it
-    was (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when.
+    Sped up to more than the teacher ever drives, or turned by any angle and, half of the time, put anywhere across road and
+    verge; its velocity then turns along, stays as it was (the car slides), or is a new one. Draws come from the episode's
+    seed; `info["thrown"]` says when.
     """
 
     def __init__(self, env, at_start=0.0, chance=0.0):
@@ -65,6 +68,9 @@ class Throws(gym.Wrapper):
     def throw(self):
         """One throw, now."""
         car, rng, road = self.unwrapped.car, self.rng, self.get_wrapper_attr("road")
+        if rng.random() < SPED_UP:
+            direction = np.array([-np.sin(car.hull.angle), np.cos(car.hull.angle)])
+            return move_car(car, 0.0, velocity=rng.uniform(*SPED_UP_TO) * direction)
         turn, shift, velocity = rng.uniform(-np.pi, np.pi), np.zeros(2), None
         if rng.random() < 0.5:
             across = np.array([np.cos(road.heading), np.sin(road.heading)])

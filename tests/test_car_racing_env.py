@@ -171,7 +171,7 @@ def test_moving_the_car_is_a_rigid_motion(moving):
 
 
 def test_the_road_is_followed(moving):
-    """Tiles driven along it are those that the speed along it makes; backwards they count down, and the offset is signed."""
+    """Tiles driven along it are those that the speed along it makes; backwards they count down; the offset is signed."""
     env, car = moving
     road = Road(env)
     start, total = road.travelled, 0.0
@@ -196,7 +196,7 @@ def test_the_road_is_followed(moving):
 def test_throws_repeat_and_reach_everywhere():
     """From the seed alone: turned any way, on the road and beside it, at any speed."""
     seen = []
-    for seed in range(40):
+    for seed in range(120):
         twice = []
         for _ in range(2):
             env = Throws(make_env(2, draw=False), 1.0, 0.0)
@@ -210,7 +210,7 @@ def test_throws_repeat_and_reach_everywhere():
         seen.append(twice[0])
     angle, offset, speed = np.array(seen).T
     assert angle.min() < -2 and angle.max() > 2 and offset.min() < -5 and offset.max() > 5
-    assert speed.max() > 40 and np.median(speed) < 20
+    assert speed.max() > 90 and np.quantile(speed, 0.2) < 20
 
 
 def test_what_a_throw_costs_is_not_charged():
