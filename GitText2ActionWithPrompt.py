@@ -91,20 +91,13 @@ def prompt_ids(tokenizer, instruction="", question=PROMPT):
 
 
 def answer_ids(tokenizer, answers=tuple(ANSWERS)):
-    """Token ids of each answer without [SEP]: one word each, or two that all share their first word.
-
-    Raises BadInput naming the answers that one forward pass cannot score.
-    """
+    """Token ids of each answer without [SEP]: one token each, or two that all share the first; else BadInput."""
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
     first_of_two = {x[0] for x in ids if len(x) == 2}
-    bad = [
-        answer
-        for answer, x in zip(answers, ids)
-        if len(x) not in (1, 2) or len(first_of_two) > 1 or (len(x) == 1 and x[0] in first_of_two)
-    ]
-    if bad or len({tuple(x) for x in ids}) < len(ids):
+    fit = all(len(x) == 2 or (len(x) == 1 and x[0] not in first_of_two) for x in ids)
+    if not fit or len(first_of_two) > 1 or len(set(map(tuple, ids))) < len(ids):
         raise BadInput(
-            f"ANSWERS {bad or list(answers)} cannot be scored in one pass: use different answers of one token, or of two "
+            f"ANSWERS {list(answers)} cannot be scored in one pass: use different answers of one token, or of two "
             f"that share the first (now {[tokenizer.convert_ids_to_tokens(x) for x in ids]})"
         )
     return ids
@@ -128,7 +121,8 @@ def parse_answer(text):
 class GitText2ActionWithPrompt(nn.Module):
     """GIT + prompt + policy head: frames uint8 (B, 96, 96, 3) in, five action logits and a value out.
 
-    `git` stays on its device. Its weights are read into the fast pass once, here; whoever trains them calls `prepare` again.
+    `instructions` are one sentence for all frames, or a list with one for each; "" is the question alone. `git` stays on
+    its device. Its weights are read into the fast pass once, here; whoever trains them calls `prepare` again.
     """
 
     def __init__(
@@ -139,7 +133,6 @@ class GitText2ActionWithPrompt(nn.Module):
         self.git, self.processor, self.source, self.has_lora = git, processor, source, False
         self.language_prior, self.prior_floor, self.head_size = language_prior, prior_floor, head_size
         self.dropout, self.feature_size = dropout, git.config.hidden_size
-        self.pad = processor.tokenizer.pad_token_id
         self.question, self.answers = PROMPT, answer_ids(processor.tokenizer)  # the answers as token ids
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
         self.policy_head, self.value_head = (
@@ -155,7 +148,7 @@ class GitText2ActionWithPrompt(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **head):
-        """Frozen: an adapter of stage 2, merged into the base that it names, or a GIT base, a folder or the Hub's name of it."""
+        """Frozen: an adapter of stage 2, merged into the base that it names, or a GIT base, by folder or the Hub's name."""
         git, processor, source = load_git(str(name), task())
         return cls(git.eval().requires_grad_(False).to(device()), processor, source, **head)
 
@@ -217,47 +210,34 @@ class GitText2ActionWithPrompt(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def prompts(self, instructions, count, ending=(), question=None):
-        """Instruction, question and `ending` as padded token ids int64 (count, T), and how many count, int64 (count,).
-
-        `instructions` is one for all frames, or a list with one for each; "" is the question alone, by default the task's.
-        """
-        if isinstance(instructions, torch.Tensor):  # as this method returned them, perhaps with more padding
-            lengths = (instructions != self.pad).sum(1)
-            return instructions[:, : lengths.max()], lengths
-        each = [instructions] if isinstance(instructions, str) else instructions
-        each = each[:1] if len(set(each)) == 1 else each  # one prompt for all is expanded
-        question = self.question if question is None else question
-        each = [prompt_ids(self.processor.tokenizer, told, question) + [*ending] for told in each]
-        lengths = torch.tensor([len(ids) for ids in each], device=self.device)
-        self.check_length(max(map(len, each)) - len(ending))
-        tokens = pad_sequence([torch.tensor(ids) for ids in each], batch_first=True, padding_value=self.pad)
-        return tokens.to(self.device).expand(count, -1), lengths.expand(count)
-
     @property
     def prompt(self):
         """Token ids of the plain question, [CLS] before it."""
         return prompt_ids(self.processor.tokenizer, "", self.question)
 
-    @property
-    def longest_prompt(self):
-        """Tokens of the longest prompt that leaves room for an answer."""
-        return len(self.weights.text_positions) - max(map(len, self.answers)) - 1
-
-    def check_length(self, length):
-        """BadInput if a prompt has more tokens than the model takes."""
-        if length > self.longest_prompt:
-            raise BadInput(
-                f"a prompt of {length} tokens: this model takes {self.longest_prompt}; say it in fewer words"
-            )
+    def prompts(self, instructions, count, ending=(), question=None):
+        """Padded token ids int64 (count, T) of instruction, question and `ending`, and their lengths int64 (count,)."""
+        each = [instructions] if isinstance(instructions, str) else instructions
+        each = each[:1] if len(set(each)) == 1 else each  # one prompt for all is expanded
+        question = self.question if question is None else question
+        each = [prompt_ids(self.processor.tokenizer, told, question) + [*ending] for told in each]
+        longest = max(map(len, each)) - len(ending)
+        room = len(self.weights.text_positions) - max(map(len, self.answers)) - 1  # without answer and [SEP]
+        if longest > room:
+            raise BadInput(f"a prompt of {longest} tokens: this model takes {room}; say it in fewer words")
+        lengths = torch.tensor([len(ids) for ids in each], device=self.device)
+        padding = self.processor.tokenizer.pad_token_id
+        tokens = pad_sequence([torch.tensor(ids) for ids in each], batch_first=True, padding_value=padding)
+        return tokens.to(self.device).expand(count, -1), lengths.expand(count)
 
     def pixels(self, frames):
         return resize(torch.as_tensor(frames).to(self.device), self.processor.image_processor)
 
-    def read(self, weights, frames, tokens, lengths, last=1):
-        """One pass over image and text, padded ids as `prompts` returns them: the `last` states, float32 (B, last, hidden)."""
+    def read(self, weights, frames, instructions, ending=()):
+        """One pass: states of the prompt's last token and of the E tokens `ending`, float32 (B, 1 + E, hidden)."""
+        tokens, lengths = self.prompts(instructions, len(frames), ending)
         with self.autocast():
-            return git_forward.read(weights, self.pixels(frames), tokens, lengths, last)[0]
+            return git_forward.read(weights, self.pixels(frames), tokens, lengths, 1 + len(ending))[0]
 
     @torch.no_grad()
     def encode(self, frames, instructions=""):
@@ -266,40 +246,32 @@ class GitText2ActionWithPrompt(nn.Module):
         The log-likelihood of each whole answer without [SEP], renormalised over them. Prompt plus the shared first
         word ("turn") is all the text it takes.
         """
-        tokens, lengths = self.prompts(instructions, len(frames), self.shared_word)
-        states = self.read(self.weights, frames, tokens, lengths, 1 + len(self.shared_word))
+        states = self.read(self.weights, frames, instructions, self.shared_word)
         words = git_forward.linear(states, *self.weights.lm_head).log_softmax(-1)
         return self.features(frames, instructions, states[:, 0]), score_answers(words, self.answers)
 
     def features(self, frames, instructions="", state=None):
-        """What the heads read, (B, feature_size): the state of the prompt's last token, which predicts the answer's first word.
+        """What the heads read, (B, feature_size): the state of the prompt's last token, which predicts the first word.
 
-        `state` is that of a pass already made, or None. A LoRA that PPO trains makes a pass of its own and gets gradients.
+        `state` is that of a pass already made. A LoRA that PPO trains makes a pass of its own and gets gradients.
         """
         if self.has_lora or state is None:
             weights = git_forward.collect(self.base, self.processor.image_processor) if self.has_lora else self.weights
-            state = self.read(weights, frames, *self.prompts(instructions, len(frames)))[:, 0]
+            state = self.read(weights, frames, instructions)[:, 0]
         return state  # another input of the heads is joined here; feature_size counts it
 
     @torch.no_grad()
     def ask(self, frames, question, instruction=""):
-        """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens.
-
-        `instruction` is one for all frames, or a list with one for each.
-        """
+        """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens."""
         tokenizer, (tokens, lengths) = self.processor.tokenizer, self.prompts(instruction, len(frames), (), question)
         room = min(MAX_ANSWER_TOKENS, len(self.weights.text_positions) - tokens.shape[1])
+        stop = tokenizer.sep_token_id
         with self.autocast():
-            rows = git_forward.generate(
-                self.weights, self.pixels(frames), tokens, lengths, tokenizer.sep_token_id, room
-            )
+            rows = git_forward.generate(self.weights, self.pixels(frames), tokens, lengths, stop, room)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def answer(self, frames, instructions=""):
-        """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says.
-
-        `instructions` is one for all frames, or a list with one for each.
-        """
+        """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says."""
         return [parse_answer(text) or text for text in self.ask(frames, self.question, instructions)]
 
     def head(self, features, answer_log_probs, dropout=None):
@@ -323,8 +295,5 @@ class GitText2ActionWithPrompt(nn.Module):
         return F.dropout(torch.ones(batch_size, self.head_size, device=self.device), self.dropout)
 
     def forward(self, frames, instructions=""):
-        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,).
-
-        `instructions` is one for all frames, or a list with one for each; "" is the plain question.
-        """
+        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,)."""
         return self.head(*self.encode(frames, instructions))

@@ -6,8 +6,9 @@ validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact 
     python collect_captions.py      # 1 to 3 minutes on two CPU cores: 42,000 frames
 
 The driver is told other things while it drives, does random things now and then, and is thrown about. Whatever it really
-does, each frame is labelled with what the teacher would do plainly ("text") and under several other instructions ("told":
-dreamed labels, so that no shortcut past the words exists), and with some questions about the scene ("asked").
+does, each frame is labelled with what the teacher would do plainly ("text"), under what it is told and under several other
+instructions ("told": dreamed labels, so that no shortcut past the words exists), and with some questions about the scene
+("asked").
 
 Then: python train_git_lora_carllava_style.py
 """
@@ -52,6 +53,7 @@ THROWN = 0.0  # chance per decision, and at the start, that the car is thrown ab
 TOLD_SHARE = 0.0  # of the time the driver follows an instruction
 CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
 DREAMED = 0  # instructions under which each frame is labelled
+VARIED = 0.5  # share of these in the training split that are said as somebody else might say them
 ASKED = 0  # questions about the scene that each frame carries
 STUCK_LIMIT = 150  # frames below walking pace, though not told to stand, after which an episode is dropped
 NUM_WORKERS = 2  # processes
@@ -81,6 +83,7 @@ class Settings(NamedTuple):
     told_share: float = TOLD_SHARE
     change: float = CHANGE
     dreamed: int = DREAMED
+    varied: float = VARIED
     asked: int = ASKED
     stuck_limit: int = STUCK_LIMIT
 
@@ -93,7 +96,7 @@ def collect_episode(track_seed, settings, split="taught"):
     comes from the track seed, so the dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(settings.policy)
-    rng, varied = np.random.default_rng(track_seed), instructions.VARIED_SHARE if split == "taught" else 0.0
+    rng, varied = np.random.default_rng(track_seed), settings.varied if split == "taught" else 0.0
     env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown)
     draw = functools.partial(instructions.draw, share=settings.told_share)
     env = car_racing_env.Instructed(env, draw, settings.change)
@@ -104,10 +107,11 @@ def collect_episode(track_seed, settings, split="taught"):
     while not end:
         driving, kept = env.get_wrapper_attr("told"), rng.random() < settings.keep
         frame = base.draw() if kept or model else None
-        told = [
-            instructions.draw(rng, "held_out" if split == "both" and i % 2 else "taught", varied_share=varied)
-            for i in range(settings.dreamed if kept else 0)
-        ]
+        told = []
+        for i in range(settings.dreamed if kept else 0):
+            how = {"split": "held_out" if split == "both" and i % 2 else "taught", "varied_share": varied}
+            in_force = i == 0 and driving.name  # where an instruction leads it must be obeyed, too
+            told.append(instructions.say(driving.name, rng, **how) if in_force else instructions.draw(rng, **how))
         state = info["state"]
         plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
         if model:

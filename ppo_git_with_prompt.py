@@ -1,15 +1,15 @@
 """Stage 3: PPO turns the fine-tuned model's answers into a driver.
 
 Reads the adapter of stage 2 (which names its base). Writes results/: reward_log.csv (a row per episode), update_log.csv,
-eval_log.csv, graphs, videos, policy/ (the best on the validation tracks), state.pt (to resume), run.json, tensorboard/.
+eval_log.csv, graphs, videos, policy/ (the running average of the weights), state.pt (to resume), run.json, tensorboard/.
 
-    python ppo_git_with_prompt.py      # 8 to 30 minutes on two CPU cores; expect a best of 905 to 922
+    python ppo_git_with_prompt.py      # 8 to 30 minutes on two CPU cores; expect 900 to 920
 
-What differs from textbook PPO: the backbone is frozen, runs once per decision, and its features are stored, so the
-epochs train the head alone; the language model's answer is added to the action logits as a prior; dropout masks are
-stored with the rollout, so that the ratio is 1 before the first step; the policy stands still while the value warms up;
-advantages are centred but not scaled; the training rewards (car_racing_env.py) weigh mistakes against haste as the task
-does.
+What differs from textbook PPO: the backbone is frozen and runs once per decision, the epochs train the heads on its
+stored features; the language model's answer is added to the action logits as a prior; dropout masks are stored too, so
+that the ratio is 1 before the first step; the policy stands still while the value warms up; advantages are centred, not
+scaled; the training rewards (car_racing_env.py) weigh mistakes against haste as the task does; the running average of
+the weights is evaluated and kept, not the best of a few evaluations.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ import perturbations
 from car_racing_env import FRAME_SKIP, REWARDS
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, processes, run_files
-from support.run_files import ROOT
 
 SEED = 0
 MODEL = "lora_git_caption_model_carllava"  # the adapter of stage 2, or a base that was never taught to drive
@@ -40,12 +39,12 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 NUM_ENVS = 8  # simulators, each in a process of its own
 TORCH_THREADS = 1  # two are a sixth faster on idle cores and several times slower on busy ones
 NUM_STEPS = 512  # decisions per environment and update
-INSTRUCTED_ENVS = 0  # of them: there the driver is told what to do (instructions.py), and other things now and then
+INSTRUCTED_ENVS = 0  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
 CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
-THROWN = 0.0  # chance per decision, and at the start, that the car is thrown about, so that coming back is learned
+THROWN = 0.001  # chance of that per decision and at the start; mistakes are free for six seconds then
 TOTAL_UPDATES = 36  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
-MINIBATCH_SIZE = 512  # decisions
+MINIBATCH_SIZE = 256  # decisions of each process; a step is that of the union
 WARMUP_UPDATES = 3  # the value learns alone first: a policy that drives already has much to lose
 LEARNING_RATE = 3e-4  # falls linearly to a tenth; 5e-4 on a warm policy collapsed in one update
 VALUE_LEARNING_RATE = 1e-3
@@ -56,6 +55,7 @@ ENTROPY_COEF = 0.0
 KL_COEF = 0.01  # pull towards the language model's answers
 VALUE_COEF = 0.5
 MAX_GRAD_NORM = 0.5
+AVERAGE = 0.9  # decay per update of the averaged weights, which are evaluated and kept
 NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted return
 
 TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by the backbone's backward pass
@@ -66,26 +66,22 @@ MICROBATCH_SIZE = 128  # decisions per pass backward through the backbone; a min
 
 EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
-STD_WEIGHT = 0.5  # policy/ is the evaluated one with the highest mean - STD_WEIGHT * std
 VIDEO_EVERY = 200  # finished training episodes; and one after 10
 VIDEO_TRACK = 100_000
 
 RATIO_TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-6  # as approx_kl; bfloat16 rounds by batch size
-# by a run that continues another: what decides none of its numbers, but for its length
+# what a resumed run may change: none of it decides a number, but for the run's length
 MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY", "VIDEO_TRACK"}
 
 
 def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
-    Every argument is a float32 tensor (T, N) but `gamma` and `gae_lambda`. `next_value[t]` is the value of the state
-    that followed step t, before any reset; `terminated` marks real ends, which are worth nothing afterwards; `done`
-    marks every episode end, truncation included, where the sum stops but the value is still bootstrapped.
-
-    Returns advantage and return (advantage + value), each (T, N).
+    Tensors are float32 (T, N). `next_value[t]` is the value of the state that followed step t, before any reset;
+    `terminated` marks real ends, which are worth nothing afterwards; `done` every episode end, truncation included, where
+    the sum stops but the value is still bootstrapped. Returns advantage and return (advantage + value).
     """
-    advantage = torch.zeros_like(reward)
-    running = torch.zeros_like(reward[0])
+    advantage, running = torch.empty_like(reward), 0.0
     delta = reward + gamma * next_value * (1 - terminated) - value
     for t in reversed(range(len(reward))):
         running = delta[t] + gamma * gae_lambda * (1 - done[t]) * running
@@ -96,8 +92,8 @@ def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 def ppo_losses(logits, value, action, old_log_prob, advantage, returns, clip):
     """The terms of the clipped objective (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9), and their diagnostics.
 
-    `logits` float32 (B, A), `action` int64 (B,), the others float32 (B,); `advantage` is used as given.
-    Returns scalars by their usual names: policy_loss, value_loss and entropy carry gradients, approx_kl and clipfrac none.
+    `logits` float32 (B, A), `action` int64 (B,), the others float32 (B,); `advantage` is used as given. Returns scalars:
+    policy_loss, value_loss and entropy with gradients, approx_kl and clipfrac without.
     """
     log_probs = logits.log_softmax(-1)
     log_ratio = log_probs.gather(1, action[:, None])[:, 0] - old_log_prob
@@ -112,9 +108,9 @@ def ppo_losses(logits, value, action, old_log_prob, advantage, returns, clip):
 
 
 class ReturnNormalizer:
-    """Divide rewards by the running standard deviation of the discounted return, as Gymnasium's `NormalizeReward`.
+    """Divide rewards by the running std of the discounted return, as Gymnasium's `NormalizeReward`.
 
-    No mean is subtracted: the sign of a reward stays. As there, the reward of an episode's last step begins the next sum.
+    No mean is subtracted. As there, the reward of an episode's last step begins the next sum.
     """
 
     def __init__(self, num_envs, gamma):
@@ -126,10 +122,9 @@ class ReturnNormalizer:
         """Normalise one step's rewards, float32 (N,); `done` (N,), truncation included, forgets the return so far."""
         self.discounted = self.discounted * self.gamma * (1 - done.double()) + reward.double()
         batch_mean, batch_var = self.discounted.mean().item(), self.discounted.var(unbiased=False).item()
-        batch_count = len(reward)
-        delta, total = batch_mean - self.mean, self.count + batch_count
-        m2 = self.var * self.count + batch_var * batch_count + delta**2 * self.count * batch_count / total
-        self.mean, self.var, self.count = self.mean + delta * batch_count / total, m2 / total, total
+        delta, n, total = batch_mean - self.mean, len(reward), self.count + len(reward)
+        m2 = self.var * self.count + batch_var * n + delta**2 * self.count * n / total
+        self.mean, self.var, self.count = self.mean + delta * n / total, m2 / total, total
         return reward / (self.var + 1e-8) ** 0.5
 
     def state_dict(self):
@@ -144,18 +139,14 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_envs(
-    seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0, *, instructed_envs=INSTRUCTED_ENVS,
-    change=CHANGE, thrown=THROWN,
-):  # fmt: skip
+def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0):
     """The training environments, each in a process of its own; start them before torch starts its threads."""
+    instructed = {"draw_instruction": instructions.draw, "change": CHANGE, "thrown": THROWN}
+    make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
     makers = []
     for i in range(num_envs):
-        make = functools.partial(
-            car_racing_env.make_training_env, seed * 10_000 + rank * num_envs + i, rewards, frame_skip
-        )
-        told = {"draw_instruction": instructions.draw, "change": change} if i < instructed_envs else {}
-        makers.append(functools.partial(make, thrown=thrown, **told))
+        settings = instructed if i < INSTRUCTED_ENVS else {}
+        makers.append(functools.partial(make, seed * 10_000 + rank * num_envs + i, **settings))
     return processes.Simulators(makers, "SAME_STEP")
 
 
@@ -166,21 +157,18 @@ def observe(frames, infos):
 
 @torch.no_grad()
 def rollout(envs, obs, model, num_steps):
-    """`num_steps` decisions in every environment, from `obs` on, frames and instructions as `observe` returns them.
+    """`num_steps` decisions in every environment, from `obs` on, which is what `observe` returns.
 
-    Returns the next `obs`, a dict of tensors (T, N, ...), the finished episodes as `(decision, facts)` pairs, and what was
-    told and whether it was done as `(kind, obeyed)` pairs.
+    Returns the next `obs`, a dict of tensors (T, N, ...), the finished episodes as pairs `(decision, facts)`, and what
+    was told and whether it was done as pairs `(kind, obeyed)`; kind is None or "" where nothing was.
     """
-
-    def empty(*size, dtype=torch.float32):
-        return torch.zeros(num_steps, envs.num_envs, *size, dtype=dtype, device=model.device)
-
-    data = {name: empty() for name in ("log_prob", "value", "reward", "terminated", "done", "next_value")}
-    data |= {"features": empty(model.feature_size), "answer_log_probs": empty(len(model.answers))}
-    data |= {"dropout": empty(model.head_size), "action": empty(dtype=torch.int64)}
-    if model.has_lora:
-        data["frames"] = empty(*obs[0].shape[1:], dtype=torch.uint8)
-        data["prompts"] = empty(model.longest_prompt, dtype=torch.int64) + model.pad
+    zeros = functools.partial(torch.zeros, num_steps, envs.num_envs, device=model.device)
+    data = {name: zeros() for name in ("log_prob", "value", "reward", "terminated", "done", "next_value")}
+    data |= {"features": zeros(model.feature_size), "answer_log_probs": zeros(len(model.answers))}
+    data |= {"dropout": zeros(model.head_size), "action": zeros(dtype=torch.int64)}
+    if model.has_lora:  # its features change: what they are made of is kept
+        data["frames"] = zeros(*obs[0].shape[1:], dtype=torch.uint8)
+        data["instructions"] = np.empty((num_steps, envs.num_envs), dtype=object)  # sentences
     episodes, obedience = [], []
     for t in range(num_steps):
         features, answer_log_probs = model.encode(*obs)
@@ -191,37 +179,31 @@ def rollout(envs, obs, model, num_steps):
         step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
         step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
         if model.has_lora:
-            prompts, _ = model.prompts(obs[1], envs.num_envs)
-            data["frames"][t], data["prompts"][t, :, : prompts.shape[1]] = torch.from_numpy(obs[0]), prompts
+            data["frames"][t], data["instructions"][t] = torch.from_numpy(obs[0]), obs[1]
 
         frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
-        obs, done = observe(frames, infos), terminated | truncated
-        step |= {
-            "reward": torch.from_numpy(reward),
-            "terminated": torch.from_numpy(terminated),
-            "done": torch.from_numpy(done),
-        }
+        ended, told = terminated | truncated, obs[1]
+        obs = observe(frames, infos)
+        changed = ~ended & [now != before for now, before in zip(obs[1], told)]  # what was told is cut off
+        step |= {"reward": reward, "terminated": terminated, "done": ended | changed}
         for name, x in step.items():
-            data[name][t] = x
-        obedience += [(kind, obeyed) for kind, obeyed in zip(infos.get("kind", ()), infos.get("obeyed", ())) if kind]
-        for i in np.flatnonzero(done):
-            final = infos["final_info"]
-            facts = final["episode_summary"].items()
+            data[name][t] = torch.as_tensor(x)
+        obedience += zip(infos.get("kind", ()), infos.get("obeyed", ()))
+        for i in np.flatnonzero(changed | (truncated & ~terminated)):  # the road goes on
+            last_frame = infos["final_obs"][i] if ended[i] else frames[i]
+            data["next_value"][t, i] = model(last_frame[None], told[i])[1][0]
+        for i in np.flatnonzero(ended):
+            facts = infos["final_info"]["episode_summary"].items()
             episodes.append((t, {name: x[i] for name, x in facts if not name.startswith("_")}))
-            if truncated[i] and not terminated[i]:  # frame 1000: the road goes on
-                last_frame, last_told = observe(infos["final_obs"], final)
-                data["next_value"][t, i] = model(last_frame[i][None], last_told[i])[1][0]
     data["next_value"] += (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
     return obs, data, episodes, obedience
 
 
 def obeyed_shares(obedience):
     """Share of all decisions, from the first on, in which what was told was the case; nan for what was not told."""
-    return {
-        f"obeyed_{kind}": float(np.mean([obeyed for k, obeyed in obedience if k == kind] or [np.nan]))
-        for kind in instructions.KINDS
-        if kind not in ("race", "chatter", "garbled")  # nothing to obey
-    }
+    kinds = [kind for kind in instructions.KINDS if kind not in ("race", "chatter", "garbled")]  # nothing to obey
+    obeyed = {kind: [x for k, x in obedience if k == kind] or [np.nan] for kind in kinds}
+    return {f"obeyed_{kind}": float(np.mean(x)) for kind, x in obeyed.items()}
 
 
 def normalize_rewards(normalizer, reward, done, accelerator):
@@ -231,67 +213,76 @@ def normalize_rewards(normalizer, reward, done, accelerator):
     return scaled.chunk(accelerator.num_processes, 1)[accelerator.process_index].to(reward.device)
 
 
-def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
-    """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns.
+def compute_loss(model, batch, mean_advantage, warming_up):
+    """The loss of some stored decisions, and the terms it is made of; while warming up it is the value's alone."""
+    features = batch["features"]
+    if model.has_lora and not warming_up:
+        features = model.features(batch["frames"], batch["instructions"])
+    logits, value = model.head(features, batch["answer_log_probs"], batch["dropout"])
+    # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
+    advantage = batch["advantage"] - mean_advantage
+    terms = ppo_losses(logits, value, batch["action"], batch["log_prob"], advantage, batch["returns"], CLIP)
+    log_probs, prior = logits.log_softmax(-1), model.prior(batch["answer_log_probs"]).log_softmax(-1)
+    terms["kl_to_answers"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
+    loss = VALUE_COEF * terms["value_loss"]
+    if not warming_up:
+        loss = loss + terms["policy_loss"] + KL_COEF * terms["kl_to_answers"] - ENTROPY_COEF * terms["entropy"]
+    return loss, terms
 
-    With several processes MINIBATCH_SIZE is each one's share: the step is that of the union.
-    """
+
+def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
+    """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals, steps = {}, 0
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
-            # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
             mean_advantage = accelerator.reduce(batch["advantage"][rows].mean(), "mean")
             optimizer.zero_grad()
             for part in rows.split(MICROBATCH_SIZE if model.has_lora else MINIBATCH_SIZE):
-                b, share = {name: x[part] for name, x in batch.items()}, len(part) / len(rows)
-                features = (
-                    model.features(b["frames"], b["prompts"]) if model.has_lora and not warming_up else b["features"]
-                )
-                logits, value = model.head(features, b["answer_log_probs"], b["dropout"])
-                advantage = b["advantage"] - mean_advantage
-                terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
-                log_probs, prior = logits.log_softmax(-1), model.prior(b["answer_log_probs"]).log_softmax(-1)
-                terms["kl_to_answers"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
-                loss = VALUE_COEF * terms["value_loss"]
-                if not warming_up:
-                    loss = (
-                        loss + terms["policy_loss"] + KL_COEF * terms["kl_to_answers"] - ENTROPY_COEF * terms["entropy"]
-                    )
+                microbatch, share = {name: x[part] for name, x in batch.items()}, len(part) / len(rows)
+                loss, terms = compute_loss(model, microbatch, mean_advantage, warming_up)
                 if not torch.isfinite(loss):
                     raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
                 if steps == 0 and terms["approx_kl"] > RATIO_TOLERANCE:
                     raise RuntimeError("the policy ratio is not 1 before the first step: dropout or features differ")
                 (share * loss).backward()
                 totals = {name: totals.get(name, 0.0) + share * x.detach() for name, x in terms.items()}
-            if accelerator.num_processes > 1:
-                processes.average_gradients(parameters, accelerator)
+            processes.average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             steps += 1
     return {name: x.item() / steps for name, x in accelerator.reduce(totals, "mean").items()}
 
 
+def load_model():
+    """The adapter's model with fresh heads, and a fresh LoRA if it trains."""
+    model = GitText2ActionWithPrompt.from_pretrained(MODEL)
+    if TRAIN_LORA:
+        model.add_lora(LORA_RANK, LORA_ALPHA)
+    return model
+
+
 def make_optimizer(model):
     """Adam with a learning rate of its own for the policy head, the value head and, if there is one, the LoRA."""
-    lora = [p for name, p in model.named_parameters() if "lora_" in name]
-    groups = [(model.policy_head.parameters(), LEARNING_RATE), (model.value_head.parameters(), VALUE_LEARNING_RATE)]
-    groups += [(lora, LORA_LEARNING_RATE)] if lora else []
-    return torch.optim.Adam([{"params": [*p], "lr": rate, "peak_lr": rate} for p, rate in groups], eps=1e-5)
+    rates = {"policy_head": LEARNING_RATE, "value_head": VALUE_LEARNING_RATE, "lora_": LORA_LEARNING_RATE}
+    groups = [([p for name, p in model.named_parameters() if part in name], rate) for part, rate in rates.items()]
+    return torch.optim.Adam([{"params": p, "lr": rate, "peak_lr": rate} for p, rate in groups if p], eps=1e-5)
 
 
 def train(
     model, envs, accelerator, state=None, *, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
     gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
 ):  # fmt: skip
-    """Train `model` in `envs`; yields once before the first update and after each what happened.
+    """Train `model` in `envs`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
 
-    Each time `(update, episodes, diagnostics, state)`: the number of updates done, the episodes that ended in it as
-    `(decision, facts)`, numbers for a log, and what another call needs as `state` to go on (live tensors: save or copy it).
+    These are the number of updates done, the episodes that ended in the last one as `(decision, facts)`, numbers for a
+    log, and what another call needs as `state` to go on (live tensors: save or copy it).
     """
     optimizer, normalizer = make_optimizer(model), ReturnNormalizer(accelerator.num_processes * envs.num_envs, gamma)
+    average = {name: p.clone() for name, p in model.trained_parameters().items()}
     if state:
         model.load_trained(state["model"], "state.pt")
+        average = {name: p.to(model.device) for name, p in state["average"].items()}
         optimizer.load_state_dict(state["optimizer"])
         normalizer.load_state_dict(state["normalizer"])
         own = state["processes"][accelerator.process_index]
@@ -301,8 +292,9 @@ def train(
 
     def saved_state(number):
         own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
-        state = {"update": number, "model": model.trained_parameters(), "optimizer": optimizer.state_dict()}
-        return state | {"normalizer": normalizer.state_dict(), "processes": gather_object([own])}
+        state = {"update": number, "model": model.trained_parameters(), "average": average}
+        state |= {"optimizer": optimizer.state_dict(), "normalizer": normalizer.state_dict()}
+        return state | {"processes": gather_object([own])}
 
     if not state:
         yield 0, [], {}, saved_state(0)
@@ -313,14 +305,15 @@ def train(
 
         obs, data, episodes, obedience = rollout(envs, obs, model, num_steps)
         rollout_seconds = time.time() - began
-        reward, terminated, done = data["reward"], data["terminated"], data["done"]
         if normalize_return:
-            reward = normalize_rewards(normalizer, reward, done, accelerator)
-        values = data["value"], data["next_value"]
-        advantage, returns = compute_gae(reward, *values, terminated, done, gamma, GAE_LAMBDA)
-        batch = {name: x.flatten(0, 1) for name, x in (data | {"advantage": advantage, "returns": returns}).items()}
+            data["reward"] = normalize_rewards(normalizer, data["reward"], data["done"], accelerator)
+        transitions = (data[name] for name in ("reward", "value", "next_value", "terminated", "done"))
+        data["advantage"], data["returns"] = compute_gae(*transitions, gamma, GAE_LAMBDA)
+        batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
         diagnostics = {"learning_rate": optimizer.param_groups[0]["lr"]}
         diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up=number <= WARMUP_UPDATES)
+        for name, p in model.trained_parameters().items():
+            average[name].lerp_(p, 1 - AVERAGE)
         seconds = time.time() - began
         diagnostics |= {
             "explained_variance": explained_variance(batch["value"], batch["returns"]),
@@ -335,8 +328,8 @@ def train(
 
 def main():
     rank, world_size = processes.join_torchrun()
-    results, frames_per_update = ROOT / RESULTS_DIR, world_size * NUM_ENVS * NUM_STEPS * FRAME_SKIP
-    if not EVAL_TRACKS or min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
+    results, frames_per_update = run_files.ROOT / RESULTS_DIR, world_size * NUM_ENVS * NUM_STEPS * FRAME_SKIP
+    if min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
         raise checks.BadInput(f"EVAL_TRACKS = {EVAL_TRACKS}: validation tracks start at {car_racing_env.TRAIN_TRACKS}")
     with contextlib.ExitStack() as stack:
         envs = stack.enter_context(contextlib.closing(make_envs(SEED, NUM_ENVS, rank=rank)))
@@ -344,19 +337,16 @@ def main():
         accelerator = processes.make_accelerator(model_file.device())
         stack.callback(accelerator.end_training)
         torch.manual_seed(SEED)
-        model = GitText2ActionWithPrompt.from_pretrained(MODEL)
-        if TRAIN_LORA:
-            model.add_lora(LORA_RANK, LORA_ALPHA)
+        model, averaged = load_model(), load_model()
         if rank:
             torch.manual_seed(SEED + rank)  # the same heads, other actions
-        modules = globals(), vars(model_file), vars(car_racing_env), vars(perturbations)
-        facts = {"processes": world_size, "instructions": instructions.digest()}
-        run = run_files.describe_run(*modules, **facts, **model.source)
-        driver, state, best, episode = evaluate.Policy(model), None, -np.inf, 0
+        modules = globals(), *map(vars, (model_file, car_racing_env, perturbations))
+        facts = {"processes": world_size, "instructions": instructions.digest()} | model.source
+        run = run_files.describe_run(*modules, **facts)
+        driver, state, episode = evaluate.Policy(averaged), None, 0
         if RESUME:
             run, state = run_files.continue_run(results, run, MAY_CHANGE), run_files.load_state(results / "state.pt")
-            best, episode = state["best"], state["episode"]
-            checks.read_weights(results / "policy" / "policy.safetensors")  # the best so far
+            episode = state["episode"]
         if rank == 0:
             print(f"PPO on {MODEL}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames; writes {RESULTS_DIR}/")
             logs = stack.enter_context(run_files.RunLogs(results, run, state))
@@ -367,31 +357,29 @@ def main():
         for number, episodes, diagnostics, new_state in train(model, envs, accelerator, state):
             if rank:  # the first process keeps the books
                 continue
-            env_frames = number * frames_per_update
+            now = {"update": number, "env_frames": number * frames_per_update}
+            averaged.load_trained(new_state["average"], "the average")
             for decision, info in sorted(episodes, key=lambda finished: finished[0]):
                 episode += 1
-                frame = env_frames - frames_per_update + (decision + 1) * frames_per_update // NUM_STEPS
-                logs.episode({"episode": episode, "update": number, "env_frames": frame, **info})
+                frame = now["env_frames"] - frames_per_update + (decision + 1) * frames_per_update // NUM_STEPS
+                logs.episode({"episode": episode, "update": number, "env_frames": frame} | info)
                 if episode == 10 or episode % VIDEO_EVERY == 0:
                     film.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
             if number:
-                logs.update({"update": number, "env_frames": env_frames, **diagnostics})
+                logs.update(now | diagnostics)
                 bar.update()
             else:
                 answers = evaluate.score(evaluate.Answers(model), EVAL_TRACKS)
-                logs.evaluation({"update": number, "env_frames": env_frames, "driver": "answers", **answers})
+                logs.evaluation(now | {"driver": "answers"} | answers)
             if number in evaluate_at:
                 summary = evaluate.score(driver, EVAL_TRACKS)
-                logs.evaluation({"update": number, "env_frames": env_frames, "driver": "policy", **summary})
+                logs.evaluation(now | {"driver": "policy"} | summary)
                 plots.draw_ppo(results)
-                if summary["mean"] - STD_WEIGHT * summary["std"] > best:
-                    best = summary["mean"] - STD_WEIGHT * summary["std"]
-                    model.save_policy(results / "policy", validation=summary)
-            run_files.save_state(results / "state.pt", new_state | {"best": float(best), "episode": episode})
+                averaged.save_policy(results / "policy", validation=summary)
+            run_files.save_state(results / "state.pt", new_state | {"episode": episode})
         if rank == 0:
-            best_driver = evaluate.Policy(GitText2ActionWithPrompt.from_policy(results / "policy"))
-            total = film.record_video(best_driver, VIDEO_TRACK, results / "video_final.mp4")
-            print(f"best policy on track {VIDEO_TRACK}: {total:.1f}; wrote {RESULTS_DIR}/; next: python evaluate.py")
+            total = film.record_video(driver, VIDEO_TRACK, results / "video_final.mp4")
+            print(f"the policy on track {VIDEO_TRACK}: {total:.1f}; wrote {RESULTS_DIR}/; next: python evaluate.py")
 
 
 if __name__ == "__main__":

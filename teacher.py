@@ -18,13 +18,7 @@ from support.run_files import ROOT
 TEACHER = "offline/teacher.safetensors"
 TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
 STATE_SIZE = 15 + 2 * TILES_AHEAD
-GAS_GOVERNOR = 20.0  # added to the logit of gas, at most
-BRAKE_GOVERNOR = 60.0  # added to that of the brake; by 20 the net had learned to coast on at 40 whatever it was told
-TOLERATED = 2.0  # units per second above the speed asked for that are not braked away: coasting does not get slower
-BACKWARDS = -0.9  # cosine of the heading against the road below which a car faces the wrong way
-CRAWL = 4.0  # units per second: slower is standing
-RACE_LIMIT = 75.0  # units per second: it needs no more, and who copies it must see it brake (LOG.md)
-CRUISE = 45.0  # units per second, at most, when told a side and no speed: a racing line needs the whole road
+GOVERNOR = 20.0  # added to the logits of gas and brake, at most
 
 
 class PrivilegedState(gym.Wrapper):
@@ -83,9 +77,7 @@ class Teacher(nn.Module):
     """An MLP from privileged state and target (B, STATE_SIZE + TARGET_SIZE) to logits over the simulator's actions (B, 5).
 
     Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A policy
-    that races already takes millions of decisions to find out that it could be slow. Told no speed it is held to RACE_LIMIT,
-    told a side to CRUISE; it gives gas when it stands, and does not brake while it faces the wrong way: it would stand there
-    for good, steering.
+    that races already takes millions of decisions to find out that it could be slow.
     """
 
     def __init__(self):
@@ -93,20 +85,11 @@ class Teacher(nn.Module):
         self.net = mlp(STATE_SIZE + TARGET_SIZE, 5)
 
     def forward(self, state_and_target):
-        speed = state_and_target[:, 0]  # forward; speeds are in units of 50 here
-        told, target, stop, side = state_and_target[:, STATE_SIZE : STATE_SIZE + 4].T
-        limit = torch.where(told > 0, target, torch.where(side > 0, CRUISE, RACE_LIMIT) / 50)
-        excess = speed - limit
-        push = -torch.tanh(20 * excess) * (1 - stop)
-        push = torch.where(told > 0, push, push.clamp(max=0))  # told no speed it is held back only, not driven
-        lost = (state_and_target[:, 14] < BACKWARDS) * (1 - told)
-        stands = (torch.hypot(50 * speed, 20 * state_and_target[:, 1]) < CRAWL) * (1 - told)
-        gas = GAS_GOVERNOR * (push + stands) - BRAKE_GOVERNOR * stop
-        too_fast = torch.tanh(20 * (excess - TOLERATED / 50)).clamp(min=0) * (1 - stop) + stop
-        brake = BRAKE_GOVERNOR * too_fast - GAS_GOVERNOR * lost
-        zero = torch.zeros_like(speed)
-        governor = torch.stack([zero, zero, zero, gas, brake], 1)
-        return self.net(state_and_target) + governor  # accelerate is 3, brake 4
+        speed, (told, target, stop) = state_and_target[:, 0], state_and_target[:, STATE_SIZE : STATE_SIZE + 3].T
+        excess = told * torch.tanh(20 * (speed - target)) * (1 - stop) + stop  # speeds are in units of 50 here
+        zero = torch.zeros_like(excess)
+        governor = torch.stack([zero, zero, zero, -excess, excess.clamp(min=0)], 1)  # accelerate is 3, brake 4
+        return self.net(state_and_target) + GOVERNOR * governor
 
     @torch.no_grad()
     def act(self, states, targets=RACE):

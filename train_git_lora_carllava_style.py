@@ -3,18 +3,15 @@
 Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_caption_model_carllava/ (PEFT adapter,
 processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png.
 
-    python train_git_lora_carllava_style.py      # 10 to 30 minutes on two CPU cores
+    python train_git_lora_carllava_style.py      # 10 to 30 minutes on two CPU cores; then python ppo_git_with_prompt.py
 
 Each frame is read once with several texts: the plain question in several wordings, the question under some of the
 instructions it was labelled for, and a question about the scene, so that seeing is not forgotten. Only the answers' tokens
 are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding. Exact answers are reported for the
 plain question, by instruction (taught phrasings and others) and for the questions about the scene, before and after.
-
-Then: python ppo_git_with_prompt.py
 """
 
 import collections
-import functools
 import json
 import pickle
 import shutil
@@ -72,11 +69,10 @@ class Captions(torch.utils.data.Dataset):
         if not metadata.exists():
             raise checks.BadInput(f"no captions in {folder}/: run collect_captions.py first")
         try:
-            self.rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+            lines = metadata.read_text().splitlines()
+            self.rows = [{"told": [], "asked": []} | json.loads(line) for line in lines]
             for row in self.rows:
-                row["file_name"] = Path(row["file_name"]).name
                 row["answer"] = list(ANSWERS).index(row["text"])
-                row |= {"told": row.get("told", []), "asked": row.get("asked", [])}
         except (ValueError, KeyError, TypeError) as error:
             raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
 
@@ -105,9 +101,8 @@ def draw_texts(row):
 
 def all_texts(row):
     """The texts that a validation frame is measured with: the plain question, all it was labelled for, all it was asked."""
-    texts = [("", PROMPT, row["text"])]
-    texts += [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
-    return texts + [("", asked["question"], asked["text"]) for asked in row["asked"]]
+    told = [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
+    return [("", PROMPT, row["text"]), *told, *(("", asked["question"], asked["text"]) for asked in row["asked"])]
 
 
 class Collator:
@@ -122,62 +117,44 @@ class Collator:
         tokens, labels = [], []
         for instruction, question, answer in (text for row in rows for text in self.choose(row)):
             prompt = model_file.prompt_ids(tokenizer, instruction, question)
-            ending = [*answer_tokens(tokenizer, answer), tokenizer.sep_token_id]
+            ending = [*model_file.prompt_ids(tokenizer, "", answer)[1:], tokenizer.sep_token_id]  # no second [CLS]
             tokens.append(torch.tensor(prompt + ending))
             labels.append(torch.tensor([-100] * len(prompt) + ending))
+        pixels = model_file.resize(np.stack(frames), self.processor.image_processor)
         tokens = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-        return {
-            "pixel_values": model_file.resize(np.stack(frames), self.processor.image_processor),
-            "input_ids": tokens.view(len(rows), -1, tokens.shape[1]),
-            "labels": labels.view(len(rows), -1, labels.shape[1]),
-        }
-
-
-@functools.cache
-def answer_tokens(tokenizer, answer):
-    return tokenizer(answer, add_special_tokens=False).input_ids
-
-
-class AnswerTrainer(Trainer):
-    """The Trainer; a loss that is not finite ends the run before it spoils the adapter."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise checks.BadInput(
-                "the LoRA loss is not finite: lower LEARNING_RATE in train_git_lora_carllava_style.py; the last adapter "
-                "and the checkpoints are kept"
-            )
-        return loss
+        texts = {"input_ids": tokens, "labels": labels}
+        return {"pixel_values": pixels} | {name: x.unflatten(0, (len(rows), -1)) for name, x in texts.items()}
 
 
 class EpochReport(TrainerCallback):
-    """Before training and after every epoch: validate, print a row, append it to lora_log.csv and redraw the graphs."""
+    """After every epoch, and before the first: validate, print a row, append it to lora_log.csv and redraw the graphs.
+
+    A gradient that is not finite, as that of such a loss, ends the run before it spoils the adapter.
+    """
 
     def __init__(self, model, data, results):
         self.model, self.data, self.results, self.metrics, self.began = model, data, results, None, time.time()
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0 and state.is_world_process_zero:
-            self.report(0, float("nan"))
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise checks.BadInput("the LoRA loss is not finite: lower LEARNING_RATE; adapter and checkpoints are kept")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}) and state.is_world_process_zero:
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs and state.is_world_process_zero:
             self.report(round(state.epoch), logs["loss"])
 
     def report(self, epoch, average_loss):
         self.metrics, confusion = validate(self.model, self.data, BATCH_SIZE)
         row = {"epoch": epoch, "average_loss": average_loss, **self.metrics, "seconds": time.time() - self.began}
-        log = run_files.Log(  # a resumed run repeats an epoch
-            self.results / "lora_log.csv", key="epoch", keep_until=epoch - 1
-        )
-        log.write(row)
-        told = {name: x for name, x in self.metrics.items() if name.endswith("_taught")}
+        log = self.results / "lora_log.csv"
+        run_files.Log(log, key="epoch", keep_until=epoch - 1).write(row)  # a resumed run repeats an epoch
+        told = [x for name, x in self.metrics.items() if name.endswith("_taught")] or [np.nan]
         tqdm.write(
             f"epoch {epoch}: average loss {average_loss:.4f}, validation {row['validation_loss']:.4f}, exact answers "
             f"{row['exact_match']:.1%} (the commonest one: {row['majority_share']:.1%}), under instructions "
-            f"{np.mean([*told.values()] or [np.nan]):.1%}, about the scene {row.get('exact_scene', np.nan):.1%}"
+            f"{np.mean(told):.1%}, about the scene {row.get('exact_scene', np.nan):.1%}"
         )
         plots.draw_lora_loss(self.results)
         plots.draw_confusion(confusion, list(ANSWERS), self.results / "lora_confusion.png")
@@ -185,11 +162,11 @@ class EpochReport(TrainerCallback):
 
 @torch.no_grad()
 def validate(model, data, batch_size):
-    """What the answers are worth on held-out tracks.
+    """What the answers are worth on held-out tracks: metrics, and the confusion matrix, int64 (5, 6).
 
-    Returns metrics and the confusion matrix, int64 (5, 6): teacher's answer by generated answer to the plain question, the
-    last column for words that are no answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or
-    held-out phrasings; `exact_scene` those to the questions about the scene.
+    That is the teacher's answer by the generated answer to the plain question, the last column for words that are no
+    answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings;
+    `exact_scene` those to the questions about the scene.
     """
     model.prepare()  # the answers are those of the weights as they are now
     collate, answers = Collator(model.processor, all_texts), list(ANSWERS)
@@ -198,17 +175,16 @@ def validate(model, data, batch_size):
     loss, first_token_loss, exact = 0.0, 0.0, collections.defaultdict(list)
     for indices in torch.arange(len(data)).split(batch_size):
         samples = [data[i] for i in indices]
+        frames, rows = zip(*samples)
         batch = {key: x.to(model.device) for key, x in collate(samples).items()}
         with model.autocast():
             logits = git_forward.read_texts(model.weights, batch["pixel_values"], batch["input_ids"]).float()
-        right = git_forward.exactly_right(logits, batch["labels"]).tolist()
-        plain, frames = logits[:, 0], np.stack([frame for frame, _ in samples])
         loss += git_forward.text_loss(logits, batch["labels"]).item() * len(samples)
-        truth = torch.tensor([row["answer"] for _, row in samples])
-        first_token_loss += F.cross_entropy(plain[:, last].cpu(), first_words[truth], reduction="sum").item()
-        for text, true in zip(model.answer(frames), truth.tolist()):
+        truth = torch.tensor([row["answer"] for row in rows])
+        first_token_loss += F.cross_entropy(logits[:, 0, last].cpu(), first_words[truth], reduction="sum").item()
+        for text, true in zip(model.answer(np.stack(frames)), truth.tolist()):
             confusion[true, answers.index(text) if text in answers else -1] += 1
-        for (_, row), (_, *others) in zip(samples, right):
+        for row, (_, *others) in zip(rows, git_forward.exactly_right(logits, batch["labels"]).tolist()):
             for told, correct in zip(row["told"], others):
                 exact[f"exact_{instructions.kind(told['instruction'])}_{told['split']}"].append(correct)
             exact["exact_scene"] += others[len(row["told"]) :]
@@ -220,8 +196,8 @@ def validate(model, data, batch_size):
 def summarize(confusion, first_words):
     """Exact match, the majority's share, the entropy of the answers' first words, recall and count of each answer."""
     counts, total = confusion.sum(1), confusion.sum()
-    words = np.array([counts[first_words == word].sum() for word in np.unique(first_words)]) / total
-    words = words[words > 0]
+    words = np.bincount(first_words, counts)
+    words = words[words > 0] / total
     recall = np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
     frequent = recall[counts >= MACRO_MIN_FRAMES]
     metrics = {
@@ -242,13 +218,12 @@ def load_data():
     if len(train) < max(MIN_FRAMES, BATCH_SIZE):
         remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
         raise checks.BadInput(f"{DATA_DIR}/ has {len(train)} training frames, a sample: {remedy}")
-    if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:
+    if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:  # each frame is read with as many texts
         raise checks.BadInput(f"{DATA_DIR}/train mixes frames of several settings: rerun collect_captions.py")
-    for told in (told for row in train.rows for told in row["told"]):
-        if instructions.is_held_out(told["instruction"], told["sentence"]):
-            raise checks.BadInput(
-                f"{DATA_DIR}/train says {told['sentence']!r}, which instructions.py holds out: rerun collect_captions.py"
-            )
+    told = {(x["instruction"], x["sentence"]) for row in train.rows for x in row["told"]}
+    if held_out := sorted(sentence for name, sentence in told if instructions.is_held_out(name, sentence)):
+        remedy = "which instructions.py holds out: rerun collect_captions.py"
+        raise checks.BadInput(f"{DATA_DIR}/train says {held_out[0]!r}, {remedy}")
     task = checks.read_json(ROOT / DATA_DIR / checkpoints.TASK_FILE)
     checks.check_same(f"{DATA_DIR}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
     return train, validation
@@ -276,7 +251,7 @@ def make_trainer(git, processor, data, report):
         seed=SEED,
         ddp_timeout=6 * 3600,  # seconds: the others wait while the first process validates
     )
-    return AnswerTrainer(git, arguments, data_collator=Collator(processor), train_dataset=data, callbacks=[report])
+    return Trainer(git, arguments, data_collator=Collator(processor), train_dataset=data, callbacks=[report])
 
 
 def save_adapter(folder, git, processor, facts, metrics, run):
@@ -301,10 +276,8 @@ def main():
     git, processor = checkpoints.load_base(BASE_MODEL)
     facts = model_file.task() | {"base_model": BASE_MODEL, "base_fingerprint": checkpoints.fingerprint(git)}
     data_hash = run_files.file_hash(ROOT / DATA_DIR / "train" / "metadata.jsonl")
-    modules = globals(), vars(model_file), vars(car_racing_env)
-    run = run_files.describe_run(
-        *modules, processes=world_size, data_hash=data_hash, instructions=instructions.digest(), **facts
-    )
+    inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
+    run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)
     results = run_files.check_writable(ROOT / RESULTS_DIR)
     output = run_files.check_own(ROOT / OUTPUT_DIR, script, results, checkpoint_dir)
     if RESUME:
@@ -316,13 +289,14 @@ def main():
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS)
     git = get_peft_model(git_forward.train_by_this_pass(git, processor.image_processor), lora)
     if rank == 0:
-        trainable, total = git.get_nb_trainable_parameters()
-        print(
-            f"LoRA on {BASE_MODEL}: {trainable:,} of {total:,} parameters train for {EPOCHS} epochs on {len(train):,} frames"
-        )
+        trained, total = git.get_nb_trainable_parameters()
+        size = f"{trained:,} of {total:,} parameters"
+        print(f"LoRA on {BASE_MODEL}: {size} train for {EPOCHS} epochs on {len(train):,} frames")
     model = GitText2ActionWithPrompt(git, processor)
     report = EpochReport(model, validation, results)
     trainer = make_trainer(git, processor, train, report)
+    if rank == 0 and not checkpoint:
+        report.report(0, float("nan"))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (pickle.UnpicklingError, EOFError) as error:  # the Trainer loads its files with weights_only=True
@@ -332,9 +306,8 @@ def main():
         metrics = report.metrics or validate(model, validation, BATCH_SIZE)[0]  # resumed after the last epoch
         save_adapter(output, git, processor, facts, metrics, run)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(
-            f"average loss {losses[0]:.2f} -> {losses[-1]:.2f}; wrote {OUTPUT_DIR}/; next: python ppo_git_with_prompt.py"
-        )
+        before_after = f"{losses[0]:.2f} -> {losses[-1]:.2f}"
+        print(f"average loss {before_after}; wrote {OUTPUT_DIR}/; next: python ppo_git_with_prompt.py")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def made_by(run):
 ## This run
 
 Seed {constants["SEED"]}, {constants["TOTAL_UPDATES"]} updates of {constants["NUM_ENVS"]} x {constants["NUM_STEPS"]} decisions, {run["seconds"] / 60:.0f} minutes on {run["machine"]}, commit
-{run["git_commit"]}; the checkpoint is the best of the run on validation tracks 100,000-100,019 by mean - 0.5 std ([eval_log.csv](../eval_log.csv)).
+{run["git_commit"]}; the weights are the running average at the end of the run ([eval_log.csv](../eval_log.csv) has the ones before).
 All constants and versions: [run.json](../run.json). Scores over 100 tracks: [validation/](../validation), [held_out/](../held_out), [test/](../test).
 """
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import types
 from types import SimpleNamespace
@@ -16,9 +17,31 @@ from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from offline import make_git_tiny
 from support.run_files import ROOT
 
-TOY_SHAPE = dict(patch_size=24, width=32, vision_layers=1, text_layers=2, heads=2)
-TALKING = dict(THROWN=0.003, TOLD_SHARE=0.5, DREAMED=4, ASKED=2)  # stage 1 under instructions
-TOY_PPO = dict(NUM_ENVS=2, TORCH_THREADS=1, TOTAL_UPDATES=2, EVALUATIONS=1, WARMUP_UPDATES=1, VIDEO_EVERY=1000)
+TOY_SHAPE = dict(PATCH_SIZE=24, WIDTH=32, VISION_LAYERS=1, TEXT_LAYERS=2, HEADS=2)
+COLLECT, STAGE2, PPO = "collect_captions", "train_git_lora_carllava_style", "ppo_git_with_prompt"
+
+
+def toy_constants(root):
+    """Each script's constants at toy size; what it reads and writes is in the folder `root`."""
+    data, adapter, results = (f"{root}/{name}" for name in ("CarRacing-Data", "adapter", "results"))
+    return {
+        "car_racing_env": dict(MAX_FRAMES=60),
+        COLLECT: dict(
+            OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1,
+            THROWN=0.008, TOLD_SHARE=0.25, DREAMED=4, ASKED=2,
+        ),
+        STAGE2: dict(
+            BASE_MODEL=f"{root}/git-toy", DATA_DIR=data, OUTPUT_DIR=adapter, RESULTS_DIR=results,
+            CHECKPOINT_DIR=f"{root}/checkpoints", MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16, LORA_RANK=4,
+            REWORDED=0.5,
+        ),
+        PPO: dict(
+            MODEL=adapter, RESULTS_DIR=results, NUM_ENVS=2, INSTRUCTED_ENVS=1, TORCH_THREADS=1, NUM_STEPS=60,
+            MINIBATCH_SIZE=60, TOTAL_UPDATES=3, WARMUP_UPDATES=1, EVALUATIONS=1, EVAL_TRACKS=range(100_000, 100_001),
+            VIDEO_EVERY=1000, THROWN=0.001,
+        ),
+        "evaluate": dict(DRIVER="policy", POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=2, NUM_ENVS=2),
+    }  # fmt: skip
 
 
 def edit(name, **constants):
@@ -39,9 +62,18 @@ def edit(name, **constants):
     return module
 
 
+def toy_script(name, root, **changes):
+    """A script with its toy constants but for `changes`, among modules that drive as short episodes as it does."""
+    torch.set_num_threads(1)  # the number of threads decides the last bits
+    constants = toy_constants(root)
+    for module in ("car_racing_env", "teacher", "film", "evaluate"):
+        edit(module, **constants.get(module, {}))
+    return edit(name, **constants[name] | changes)
+
+
 @pytest.fixture
 def script():
-    """`script(name, CONSTANT=value)` is `edit` for the length of a test."""
+    """`script(name, CONSTANT=value)` is `edit` for the length of a test, as is everything that is edited in it."""
     before = dict(sys.modules)
     yield edit
     for name in [name for name, module in sys.modules.items() if before.get(name) not in (None, module)]:
@@ -52,7 +84,8 @@ def make_toy_base(folder, seed=0):
     """A GIT of 16 patches and width 32, untrained, saved in the Hub's layout."""
     torch.manual_seed(seed)
     processor = make_git_tiny.make_processor()
-    make_git_tiny.make_model(processor.tokenizer, **TOY_SHAPE).save_pretrained(folder)
+    shape = {name.lower(): x for name, x in TOY_SHAPE.items()}
+    make_git_tiny.make_model(processor.tokenizer, **shape).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -73,34 +106,16 @@ def frames():
     return torch.randint(0, 256, (3, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def run_pipeline(root, toy_base):
-    """The four scripts in sequence in the folder `root`; returns the folders they wrote."""
-    torch.set_num_threads(1)  # the number of threads decides the last bits
-    made = SimpleNamespace(
-        data=root / "CarRacing-Data", adapter=root / "adapter", results=root / "results", base=toy_base, root=root
-    )
-    data, adapter, results = str(made.data), str(made.adapter), str(made.results)
-    before = dict(sys.modules)
-    edit("car_racing_env", MAX_FRAMES=60)  # short evaluations and films
-    for name in ("teacher", "film"):
-        edit(name)
-    made.evaluate = edit("evaluate")
-    edit("collect_captions", OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1, **TALKING).main()
-    edit(
-        "train_git_lora_carllava_style", BASE_MODEL=str(toy_base), DATA_DIR=data, OUTPUT_DIR=adapter,
-        RESULTS_DIR=results, CHECKPOINT_DIR=str(root / "checkpoints"), MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16,
-        LORA_RANK=4, REWORDED=0.5,
-    ).main()  # fmt: skip
-    edit(
-        "ppo_git_with_prompt", **TOY_PPO | dict(TOTAL_UPDATES=3), MODEL=adapter, RESULTS_DIR=results, NUM_STEPS=60,
-        MINIBATCH_SIZE=60, INSTRUCTED_ENVS=1, EVAL_TRACKS=range(100_000, 100_001),
-    ).main()  # fmt: skip
-    edit("evaluate", DRIVER="policy", POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=2, NUM_ENVS=2).main()
-    sys.modules.update({name: before[name] for name in sys.modules.keys() & before.keys()})
-    return made
-
-
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory, toy_base):
-    """The folders of one run of the scripts."""
-    return run_pipeline(tmp_path_factory.mktemp("pipeline"), toy_base)
+    """What the four scripts wrote, run in sequence in one folder."""
+    root = tmp_path_factory.mktemp("pipeline")
+    folders = {"base": "git-toy", "data": "CarRacing-Data", "adapter": "adapter", "results": "results"}
+    made = SimpleNamespace(root=root, **{name: root / folder for name, folder in folders.items()})
+    shutil.copytree(toy_base, made.base)
+    before = dict(sys.modules)
+    for name in (COLLECT, STAGE2, PPO, "evaluate"):
+        made.evaluate = toy_script(name, root)
+        made.evaluate.main()
+    sys.modules.update({name: before[name] for name in sys.modules.keys() & before.keys()})
+    return made

@@ -3,24 +3,19 @@
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
-import toy_lora
-from conftest import TOY_PPO
+from conftest import COLLECT, PPO, STAGE2, toy_script
 from safetensors.torch import load_file, save_file
 from toy_process import files
 
-from GitText2ActionWithPrompt import GitText2ActionWithPrompt
-from support.checkpoints import load_base
 from support.checks import BadInput
-from support.run_files import load_state
-from teacher import load_teacher
 
-COLLECT, STAGE2, PPO, EVALUATE = "collect_captions", "train_git_lora_carllava_style", "ppo_git_with_prompt", "evaluate"
-RESUME = "ppo_git_with_prompt "  # continued
-ADAPTER, BASE = "adapter/adapter_model.safetensors", "git-toy/model.safetensors"
+EVALUATE = "evaluate"
+METADATA, DATA_TASK = "CarRacing-Data/train/metadata.jsonl", "CarRacing-Data/task.json"
+BASE, ADAPTER, ADAPTER_TASK = "git-toy/model.safetensors", "adapter/adapter_model.safetensors", "adapter/task.json"
 POLICY, POLICY_FACTS = "results/policy/policy.safetensors", "results/policy/policy.json"
+BOMB = b"csys\nexit\n(tR."  # a pickle that calls sys.exit() where it is executed
 
 
 def nothing(path):
@@ -55,71 +50,85 @@ def set_nan(path):
     save_file(weights, path)
 
 
+def bomb(path):
+    path.write_bytes(BOMB)
+
+
+def bomb_as(name):
+    """In place of the file, under a name that a library falls back to."""
+    return lambda path: bomb(path.rename(path.with_name(name)))
+
+
+def bomb_first(path):
+    """In the Trainer's first checkpoint, when the last one is not complete."""
+    (path.parents[1] / "checkpoint-12" / "trainer_state.json").unlink()
+    bomb(path)
+
+
 TASK = {"prompt": "Why?", "answers": ["Fly"], "frame_skip": 4}
 HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'
-CASES = [  # script, a constant of it, what is spoiled and how, what the message names
+TRAINER_FILES = [f"checkpoints/checkpoint-6/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")]
+HURT = (cut, set_nan, lose_a_tensor)
+CLEARED = [(COLLECT, "OUTPUT_DIR"), (STAGE2, "OUTPUT_DIR"), (STAGE2, "CHECKPOINT_DIR")]
+PAIRS = [("OUTPUT_DIR", "RESULTS_DIR"), ("CHECKPOINT_DIR", "OUTPUT_DIR"), ("CHECKPOINT_DIR", "RESULTS_DIR")]
+CASES = [  # script, constants of it, what is spoiled and how, what the message names
     (COLLECT, {"POLICY": "no/policy"}, "", nothing, "no/policy"),
     (COLLECT, {"ANSWER_BY": "nobody"}, "", nothing, "ANSWER_BY"),
     (STAGE2, {}, "CarRacing-Data/train", remove, "CarRacing-Data/train"),
-    (STAGE2, {}, "CarRacing-Data/train/metadata.jsonl", cut, "metadata.jsonl"),
-    (STAGE2, {}, "CarRacing-Data/train/metadata.jsonl", replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
-    (
-        STAGE2,
-        {},
-        "CarRacing-Data/train/metadata.jsonl",
-        replace('"told": [{', f'"told": [{HELD_OUT}, {{'),
-        "instructions.py",
-    ),
-    (STAGE2, {}, "CarRacing-Data/task.json", remove, "task.json"),
-    *((STAGE2, {}, "CarRacing-Data/task.json", edit(**{name: x}), name) for name, x in TASK.items()),
+    (STAGE2, {}, METADATA, cut, "metadata.jsonl"),
+    (STAGE2, {}, METADATA, replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
+    (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "instructions.py"),
+    (STAGE2, {}, DATA_TASK, remove, "task.json"),
+    *((STAGE2, {}, DATA_TASK, edit(**{name: x}), name) for name, x in TASK.items()),
     (STAGE2, {"MIN_FRAMES": 1000}, "", nothing, "MIN_FRAMES"),
     (STAGE2, {"BATCH_SIZE": 1000}, "", nothing, "BATCH_SIZE"),
-    (STAGE2, {"RESUME": True}, "", nothing, "run.json"),
     (STAGE2, {"BASE_MODEL": "no/such-model"}, "", nothing, "no/such-model"),
-    (STAGE2, {}, BASE, lose_a_tensor, "git-toy"),
+    *((STAGE2, {}, BASE, spoil, "git-toy") for spoil in (lose_a_tensor, bomb, bomb_as("pytorch_model.bin"))),
     (STAGE2, {}, "git-toy/processor_config.json", replace('"height": 96', '"height": 48'), "git-toy"),
     (STAGE2, {}, "git-toy/config.json", edit(model_type="bert"), "git-toy"),
+    (STAGE2, {"RESUME": True}, "checkpoints", remove, "run.json"),
+    (STAGE2, {"RESUME": True, "LEARNING_RATE": 1e-3}, "", nothing, "LEARNING_RATE"),
+    *((STAGE2, {"RESUME": True}, name, bomb_first, "checkpoint-6") for name in TRAINER_FILES),
     (PPO, {"MODEL": "no/adapter"}, "", nothing, "no/adapter"),
     (PPO, {"EVAL_TRACKS": range(99_990, 100_010)}, "", nothing, "EVAL_TRACKS"),
-    (PPO, {}, "adapter/task.json", edit(base_fingerprint="0"), "base_fingerprint"),
-    *((PPO, {}, "adapter/task.json", edit(**{name: x}), name) for name, x in TASK.items()),
-    *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (remove, cut, set_nan, lose_a_tensor)),
-    (RESUME, {"LEARNING_RATE": 1e-3}, "", nothing, "LEARNING_RATE"),
-    (RESUME, {}, "results/run.json", replace('"lap_bonus": 100.0', '"lap_bonus": 1.0'), "REWARDS"),
-    *((RESUME, {}, "results/state.pt", spoil, "state.pt") for spoil in (remove, cut)),
-    (RESUME, {}, POLICY, cut, "policy"),
+    (PPO, {}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
+    *((PPO, {}, ADAPTER_TASK, edit(**{name: x}), name) for name, x in TASK.items()),
+    *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (*HURT, remove, bomb, bomb_as("adapter_model.bin"))),
+    (PPO, {"RESUME": True, "LEARNING_RATE": 1e-3}, "", nothing, "LEARNING_RATE"),
+    (PPO, {"RESUME": True}, "results/run.json", replace('"lap_bonus": 100.0', '"lap_bonus": 1.0'), "REWARDS"),
+    *((PPO, {"RESUME": True}, "results/state.pt", spoil, "state.pt") for spoil in (remove, cut, bomb)),
     (EVALUATE, {}, "results/policy", remove, "results/policy"),
     (EVALUATE, {"DRIVER": "teacher", "INSTRUCTION": "fly"}, "", nothing, "INSTRUCTION"),
-    (EVALUATE, {"INSTRUCTION": "left " * 60}, "", nothing, "prompt of"),
+    (EVALUATE, {"INSTRUCTION": "left " * 60}, "", nothing, "prompt"),
     *((EVALUATE, {}, POLICY_FACTS, edit(**{name: x}), name) for name, x in TASK.items()),
     (EVALUATE, {}, POLICY_FACTS, edit(adapter_hash="0"), "adapter_hash"),
-    *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in (cut, set_nan, lose_a_tensor)),
+    *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in (*HURT, bomb)),
 ]
+# what is replaced as a whole holds files of nobody knows whom, another script's, or another output
+for stage, constant in CLEARED:
+    for folder in ("ROOT", "ROOT/results", "ROOT/results/policy"):
+        CASES.append((stage, {constant: folder}, "", nothing, folder))
+for replaced, other in PAIRS:
+    for place in ("ROOT/adapter", "ROOT/adapter/inside"):
+        CASES.append((STAGE2, {replaced: "ROOT/adapter", other: place}, "", nothing, "ROOT/adapter"))
 
 
-@pytest.mark.parametrize("name, constant, file, spoil, named", CASES)
-def test_bad_input_is_named_and_changes_nothing(name, constant, file, spoil, named, pipeline, tmp_path, script):
-    root = shutil.copytree(pipeline.root, tmp_path / "run", ignore=shutil.ignore_patterns("*.mp4", "checkpoints"))
-    shutil.copytree(pipeline.base, root / "git-toy")
+@pytest.mark.parametrize("name, changes, file, spoil, named", CASES)
+def test_bad_input_is_named_and_changes_nothing(name, changes, file, spoil, named, pipeline, tmp_path, script):
+    root = shutil.copytree(pipeline.root, tmp_path / "run", ignore=shutil.ignore_patterns("*.mp4"))
     for path in root.rglob("*.json"):
-        replace(str(pipeline.base), str(root / "git-toy"))(path)
         replace(str(pipeline.root), str(root))(path)
-    data, adapter, results, base = (str(root / x) for x in ("CarRacing-Data", "adapter", "results", "git-toy"))
-    good = {
-        COLLECT: dict(OUTPUT_DIR=data),
-        STAGE2: dict(BASE_MODEL=base, DATA_DIR=data, OUTPUT_DIR=adapter, RESULTS_DIR=results, MIN_FRAMES=1,
-                     CHECKPOINT_DIR=str(root / "checkpoints"), BATCH_SIZE=16),
-        PPO: TOY_PPO | dict(MODEL=adapter, RESULTS_DIR=results),
-        EVALUATE: dict(POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=1),
-    }  # fmt: skip
-    good[RESUME] = good[PPO] | dict(RESUME=True, NUM_STEPS=60, MINIBATCH_SIZE=60, INSTRUCTED_ENVS=1)
-    good[RESUME] |= dict(TOTAL_UPDATES=3, EVAL_TRACKS=range(100_000, 100_001))
-    script("car_racing_env", MAX_FRAMES=60)  # as in the pipeline
     spoil(root / file)
     before, history = files(root), {"results/run.json": "may tell of the attempt"}
-    with pytest.raises(BadInput, match=named) as caught:
-        script(name.strip(), **good[name] | constant).main()
+    changes = {constant: x.replace("ROOT", str(root)) if isinstance(x, str) else x for constant, x in changes.items()}
+    with pytest.raises(BadInput, match=named.replace("ROOT", str(root))) as caught:
+        toy_script(name, root, **changes).main()
     assert "\n" not in str(caught.value) and files(root) | history == before | history
+
+
+def test_the_bomb_works():
+    with pytest.raises(SystemExit):
+        pickle.loads(BOMB)
 
 
 def test_answers_that_one_pass_cannot_score(toy_base, script):
@@ -127,54 +136,3 @@ def test_answers_that_one_pass_cannot_score(toy_base, script):
     model_file = script("GitText2ActionWithPrompt", ANSWERS=answers)
     with pytest.raises(BadInput, match="ANSWERS"):
         model_file.GitText2ActionWithPrompt.from_pretrained(toy_base)
-
-
-class Touch:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.fixture
-def bomb(tmp_path):
-    """The bytes of a hostile pickle; what it would create is not there in the end."""
-    path = tmp_path / "was_run"
-    payload = pickle.dumps(Touch(path))
-    pickle.loads(payload)
-    path.unlink()  # it works
-    yield payload
-    assert not path.exists()
-
-
-def test_pickles_in_place_of_weights(bomb, pipeline, tmp_path):
-    model = GitText2ActionWithPrompt
-    cases = [  # a folder, the weights in it, a name that a library falls back to, who opens it
-        (pipeline.adapter, "adapter_model.safetensors", "adapter_model.bin", model.from_pretrained),
-        (pipeline.results / "policy", "policy.safetensors", "policy.bin", model.from_policy),
-        (pipeline.base, "model.safetensors", "pytorch_model.bin", lambda folder: load_base(str(folder))),
-        (pipeline.base, "teacher", "teacher.pt", lambda folder: load_teacher(folder / "teacher")),
-        (pipeline.base, "state.pt", "state.pkl", lambda folder: load_state(folder / "state.pt")),
-    ]
-    for number, (folder, weights, fallback, load) in enumerate(cases):
-        folder = shutil.copytree(folder, tmp_path / str(number))
-        (folder / weights).unlink(missing_ok=True)
-        for name in (fallback, weights):
-            (folder / name).write_bytes(bomb)
-            with pytest.raises(BadInput, match=str(folder)):
-                load(folder)
-
-
-def test_pickles_in_a_trainers_checkpoint(bomb, toy_base, tmp_path, script):
-    toy_lora.toy_lora(tmp_path, toy_base, EPOCHS=2).main()
-    first, last = sorted((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    shutil.rmtree(last)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        before = (first / name).read_bytes()
-        (first / name).write_bytes(bomb)
-        with pytest.raises(BadInput, match=first.name):
-            toy_lora.toy_lora(tmp_path, toy_base, EPOCHS=2, RESUME=True).main()
-        (first / name).write_bytes(before)

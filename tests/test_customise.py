@@ -1,12 +1,12 @@
 """The changes of docs/customise.md, applied to a copy of the sources exactly as they are written there.
 
-The copy runs once with all of them, by `main` below: the stages at toy size, the third as the document's own sweep.
+`test_the_documented_changes_work` runs the functions called `customised_` in that copy, with all changes at once: the
+stages at toy size, the third as the document's own sweep.
 """
 
 import collections
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TALKING, edit, make_toy_base
+from conftest import COLLECT, STAGE2, edit, make_toy_base
 
 import evaluate
 import film
@@ -25,7 +25,7 @@ import ppo_git_with_prompt as ppo
 from car_racing_env import REWARDS, make_env, make_training_env
 from support import checkpoints
 from support.checks import read_json
-from support.run_files import ROOT, write_json
+from support.run_files import ROOT
 
 DOCUMENT = (ROOT / "docs" / "customise.md").read_text()
 
@@ -41,51 +41,41 @@ def apply_edits(folder):
         (folder / name).write_text(source.replace("\n" + old, "\n" + new)[1:])
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("customised")
+def test_the_documented_changes_work(tmp_path):
     for name in ("fast", "support", "offline", "tests", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    apply_edits(folder)
-    command = [sys.executable, str(folder / "tests" / "test_customise.py")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")])}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return read_json(folder / "seen.json")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, tmp_path)
+    apply_edits(tmp_path)
+    command = [sys.executable, "-m", "pytest", "-o", "python_functions=customised_*", "tests/test_customise.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:]
 
 
-def test_a_reward_term(seen):
-    less, speed = np.array(seen["reward"]).T
-    assert speed.min() < 60 and speed.max() > 80
-    np.testing.assert_allclose(less, 0.1 * np.maximum(0, speed - 70), atol=1e-4)
+@pytest.fixture(scope="session")
+def model():
+    """The policy that the document's sweep made, after stages 1 and 2, saved as the third would."""
+    torch.set_num_threads(1)
+    make_toy_base(ROOT / "microsoft/git-base", seed=1)
+    edit(COLLECT, TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1, DREAMED=4).main()
+    edit(STAGE2, MIN_FRAMES=1, EPOCHS=1, LORA_RANK=4).main()
+    sweep, names = re.search(r"```python\n(.*?)```", DOCUMENT, flags=re.S).group(1), {}
+    exec(sweep.replace("total_updates=12", "total_updates=1, num_steps=16"), names)
+    names["model"].save_policy(ROOT / "results/policy")
+    return names["model"]
 
 
-def test_another_input_of_the_heads(seen):
-    shown, speed = np.array(seen["shown_speed"]).T
-    assert speed.min() < 5 and speed.max() > 80
-    np.testing.assert_allclose(shown, speed, atol=5)
-    assert set(seen["feature_sizes"]) == {seen["hidden_size"] + 1}
-    np.testing.assert_allclose(seen["loaded_logits"], seen["saved_logits"], atol=1e-5)
+@pytest.fixture
+def captions(model):
+    return [json.loads(line) for line in (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines()]
 
 
-def test_another_question(seen):
-    assert set(seen["questions"]) == {"which way should the car drive now?"}
-
-
-def test_a_sixth_answer(seen):
-    assert seen["captions"]["Ahead 3"] > 10 and seen["captions"]["Accelerate 3"] > 10
-    assert np.shape(seen["saved_logits"]) == (5, 6) and seen["to_simulator"] == [0, 3, 2, 1, 4, 3]
-
-
-def test_another_base(seen):
-    assert set(seen["base_models"]) == {"microsoft/git-base"} and len(set(seen["fingerprints"])) == 1
-
-
-def test_another_instruction(seen):
-    held_out = {"Could you crawl?", "Please drive as slowly as you can."}
-    assert set(seen["crawled"]) & set(seen["crawl"]) and not held_out & set(seen["crawled"])  # the others are varied
+@pytest.fixture
+def task(model):
+    """What adapter and policy say they were made for."""
+    return [
+        read_json(ROOT / path) for path in ("lora_git_caption_model_carllava/task.json", "results/policy/policy.json")
+    ]
 
 
 def push(env, speed):
@@ -97,54 +87,49 @@ def push(env, speed):
     return obs, reward, hull.linearVelocity.length
 
 
-def reward_facts():
-    """What decisions at several speeds pay less for the new term, and the speed after each."""
+@pytest.mark.parametrize("pushed", [40, 80, 120])
+def customised_reward(pushed):
     envs = [make_training_env(0, rewards) for rewards in (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0))]
-    pairs = [[push(env, speed) for env in envs] for speed in (40, 80, 120)]
-    return {"reward": [(without - with_term, speed) for (_, with_term, speed), (_, without, _) in pairs]}
+    (_, with_term, speed), (_, without, _) = (push(env, pushed) for env in envs)
+    assert (speed > 70) == (pushed > 70)
+    assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
 
 
-def model_facts(model):
-    """Outputs before and after saving; the last feature as a speed beside the simulator's."""
+def customised_input_of_the_heads(model):
+    """The last feature is the speed, stored by the rollout, and seen by a saved policy, a film and a LoRA."""
     frames, _, speeds = zip(*(push(make_env(), speed) for speed in (0, 20, 40, 80, 120)))
-    frames, envs = np.stack(frames), ppo.make_envs(seed=0, num_envs=1)
+    frames, envs, hidden = np.stack(frames), ppo.make_envs(seed=0, num_envs=1), model.git.config.hidden_size
     _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, num_steps=1)
     envs.close()
-    model.save_policy(ROOT / "results/policy")
-    loaded = model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
-    next(film.drive(evaluate.Policy(loaded), track_seed=100_000))
-    facts = {"saved_logits": model(frames)[0].tolist(), "loaded_logits": loaded(frames)[0].tolist()}
     features, _ = model.encode(frames)
-    facts |= {"shown_speed": list(zip((50 * features[:, -1]).tolist(), speeds)), "hidden_size": model.feature_size - 1}
-    model.add_lora(rank=2, alpha=4)
-    return facts | {"feature_sizes": [x.shape[-1] for x in (features, data["features"], model.features(frames))]}
+    np.testing.assert_allclose(50 * features[:, -1], speeds, atol=5)
+    loaded = model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
+    assert torch.allclose(model(frames)[0], loaded(frames)[0], atol=1e-5)
+    next(film.drive(evaluate.Policy(loaded), track_seed=100_000))
+    loaded.add_lora(rank=2, alpha=4)
+    assert {x.shape[-1] for x in (features, data["features"], loaded.features(frames))} == {hidden + 1}
 
 
-def main():
-    torch.set_num_threads(1)
-    base = make_toy_base(ROOT / "microsoft/git-base", seed=1)
-    edit("collect_captions", TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1, **TALKING).main()
-    edit("train_git_lora_carllava_style", MIN_FRAMES=1, EPOCHS=1, LORA_RANK=4).main()
-    sweep, names = re.search(r"```python\n(.*?)```", DOCUMENT, flags=re.S).group(1), {}
-    exec(sweep.replace("total_updates=12", "total_updates=1, num_steps=16"), names)
-    model = names["model"]
-    facts = model_facts(model) | reward_facts()
-    captions = [json.loads(line) for line in (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines()]
-    adapter = read_json(ROOT / "lora_git_caption_model_carllava/task.json")
-    policy = read_json(ROOT / "results/policy/policy.json")
+def customised_question(model, captions, task):
     asked = model.processor.tokenizer.decode(model.prompt[1:])
-    told = [told for row in captions for told in row["told"] if told["instruction"] == "crawl"]
-    facts |= {
-        "crawl": instructions.INSTRUCTIONS["crawl"].taught,
-        "crawled": [x["sentence"] for x in told],
-        "questions": [x.lower() for x in (captions[0]["prompt"], adapter["prompt"], policy["prompt"], asked)],
-        "captions": collections.Counter(f"{row['text']} {row['action']}" for row in captions),
-        "to_simulator": model_file.to_simulator(torch.arange(6)).tolist(),
-        "base_models": [adapter["base_model"], policy["base_model"]],
-        "fingerprints": [adapter["base_fingerprint"], checkpoints.fingerprint(checkpoints.load_base(base)[0])],
-    }
-    write_json(ROOT / "seen.json", facts)
+    questions = [captions[0]["prompt"], *(facts["prompt"] for facts in task), asked]
+    assert {question.lower() for question in questions} == {"which way should the car drive now?"}
 
 
-if __name__ == "__main__":
-    main()
+def customised_answers(model, captions):
+    said = collections.Counter((row["text"], row["action"]) for row in captions)
+    assert said["Ahead", 3] > 10 and said["Accelerate", 3] > 10
+    assert len(model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
+
+
+def customised_base(task):
+    assert {facts["base_model"] for facts in task} == {"microsoft/git-base"}
+    git, _ = checkpoints.load_base(ROOT / "microsoft/git-base")
+    assert task[0]["base_fingerprint"] == checkpoints.fingerprint(git)
+
+
+def customised_instruction(captions):
+    """It is said, perhaps varied; what is held out is not."""
+    said = {x["sentence"] for row in captions for x in row["told"] if x["instruction"] == "crawl"}
+    crawl = instructions.INSTRUCTIONS["crawl"]
+    assert said & set(crawl.taught) and not said & set(crawl.held_out)

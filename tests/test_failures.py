@@ -1,126 +1,70 @@
-"""What goes wrong while a script runs: one line, the old output kept, no process left, no foreign folder cleared.
+"""What goes wrong while a script runs: one line, the old output kept, no process left.
 
 A run that is killed or fails, and is resumed, ends in the same numbers as one that was left alone.
 """
 
 import json
-import os
+import multiprocessing
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
-import toy_lora
-from toy_process import RESUMED, Toy, error_line, files, ppo_main, rows, run, run_script, toy_ppo
+from conftest import COLLECT, PPO, STAGE2, edit, toy_script
+from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run
 
-from support import checks, run_files
+from support import run_files
 from support.checks import BadInput
-from support.run_files import ROOT, write_json
+from support.run_files import ROOT
 
-STAGE2, KILLED = "train_git_lora_carllava_style", -signal.SIGKILL
-
-
-def old_output(folder, script):
-    """A folder as `script` left it earlier."""
-    write_json(folder / "run.json", {"script": f"{script}.py"})
-    (folder / "old").write_text("precious")
-    return folder
+KILLED = -signal.SIGKILL
 
 
-@pytest.mark.parametrize(
-    "name, folder, constants, faults",
-    [
-        ("collect_captions", "OUTPUT_DIR", dict(NUM_WORKERS=1), ("worker", "parent", "ctrl-c", "disk")),
-        ("evaluate", "RESULTS_DIR", dict(DRIVER="teacher", NUM_TRACKS=2, VIDEO=False), ("worker", "ctrl-c", "disk")),
-    ],
-)
-def test_a_script_fails(name, folder, constants, faults, tmp_path):
-    """All faults at once, each in a run of its own."""
-    outputs = {fault: old_output(tmp_path / fault, name) for fault in faults}
-    toys = {fault: Toy(run_script, name, constants | {folder: str(outputs[fault])}) for fault in faults}
-    for fault, toy in toys.items():
-        before = files(outputs[fault])
-        toy.wait_for(lambda: "0%" in toy.output and toy.workers())  # noqa: B023
-        toy.fail(fault)
-        code, output = toy.end()
-        assert code == (KILLED if fault == "parent" else 1), output
-        assert files(outputs[fault]) == before
-        if fault in ("worker", "disk"):
-            error_line(output)
-        if fault == "ctrl-c":
-            assert "Traceback" not in output, output
+def collect(folder):
+    edit(COLLECT, OUTPUT_DIR=str(folder), NUM_WORKERS=1).main()
 
 
-def run_long(folder, base):
-    toy_ppo(folder, base, ppo_git_with_prompt=dict(TOTAL_UPDATES=100_000)).main()
+@pytest.mark.parametrize("fault", ["worker", "parent", "ctrl-c", "disk"])
+def test_stage_1_fails(fault, tmp_path):
+    output = tmp_path / "CarRacing-Data"
+    run_files.write_json(output / "run.json", {"script": f"{COLLECT}.py"})  # of an earlier run
+    before, toy = files(output), Toy(collect, output)
+    while not list(tmp_path.glob("CarRacing-Data.partial/validation/*.png")):
+        assert toy.process.is_alive(), toy.end()
+        time.sleep(0.05)
+    pid = toy.process.pid
+    happens = {
+        "worker": psutil.Process(pid).children()[-1].kill,  # before it comes multiprocessing's resource tracker
+        "parent": toy.process.kill,
+        "ctrl-c": lambda: press_ctrl_c(pid),
+        "disk": lambda: fill_the_disk(pid),
+    }
+    happens[fault]()
+    code, said = toy.end()
+    assert code == (KILLED if fault == "parent" else 1) and files(output) == before, said
+    assert ("error: " in said) == (fault in ("worker", "disk")), said
 
 
 def test_a_second_run_in_the_same_folder(toy_base, tmp_path, script):
-    """It ends; a killed run does not hold the folder, and what it left half written goes."""
-    first = Toy(run_long, tmp_path, toy_base)
-    first.wait_for((tmp_path / "state.pt").exists)
-    with pytest.raises(BadInput, match=str(tmp_path)):
-        run_long(tmp_path, toy_base)
-    first.fail("parent")
-    first.end()
-    for name in ("video_final.partial.mp4", "reward_curve.png.partial", "state.pt.partial"):
-        (tmp_path / name).write_text("half")
-    (tmp_path / "adapter.partial").mkdir()  # of stage 2, whose OUTPUT_DIR may be anywhere
-    toy_ppo(tmp_path, toy_base, ppo_git_with_prompt=dict(TOTAL_UPDATES=0)).main()
-    assert [path.name for path in tmp_path.glob("*.partial*") if path.is_file()] == []
+    results = tmp_path / "results"
+    with run_files.lock(results), pytest.raises(BadInput, match=str(results)):
+        toy_script(PPO, tmp_path, MODEL=str(toy_base)).main()
 
 
-def test_output_that_nobody_reads(tmp_path):
-    """`python evaluate.py | head -c 1`: neither a traceback nor a simulator that is said to have died."""
-    constants = dict(DRIVER="random", NUM_TRACKS=1, NUM_ENVS=1, RESULTS_DIR=str(tmp_path), VIDEO=False)
-    code = f"from toy_process import checks, run_script; checks.run(lambda: run_script('evaluate', {constants!r}))"
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-u", "-c", code]
-    evaluation = subprocess.Popen(command, env=os.environ | paths, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    evaluation.stdout.read(1)
-    evaluation.stdout.close()
-    _, output = evaluation.communicate(timeout=120)
-    assert b"Traceback" not in output and b"error" not in output, output
+def test_output_that_nobody_reads():
+    code = "from support import checks; checks.run(lambda: print('x' * 1_000_000))"
+    command = f'"{sys.executable}" -c "{code}" | head -c 1'
+    reader = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (reader.stdout, reader.stderr) == ("x", "")
 
 
 def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert run_files.run_facts()["git_commit"] == "unknown"
-
-
-CLEARED = [("collect_captions", "OUTPUT_DIR"), (STAGE2, "CHECKPOINT_DIR"), (STAGE2, "OUTPUT_DIR")]
-CARELESS = [(*place, name) for place in CLEARED for name in ("", "results", "results/published", "file")]
-
-
-@pytest.mark.parametrize("name, constant, folder", CARELESS)
-def test_a_folder_that_is_not_the_scripts_own(name, constant, folder, toy_base, tmp_path, script):
-    """In something like a checkout: nothing is deleted."""
-    checkout = tmp_path / "checkout"
-    for file in (".git/HEAD", "results/published/policy/policy.json", "file"):
-        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / file).write_text("precious")
-    write_json(checkout / "results" / "run.json", {"script": "ppo_git_with_prompt.py"})
-    before, edits = files(checkout), {constant: str(checkout / folder)}
-    module = toy_lora.toy_lora(tmp_path, toy_base, **edits) if name == STAGE2 else script(name, **edits)
-    with pytest.raises(SystemExit, match=str(checkout / folder)):
-        checks.run(module.main)
-    assert files(checkout) == before
-
-
-PAIRS = [("OUTPUT_DIR", "RESULTS_DIR"), ("CHECKPOINT_DIR", "OUTPUT_DIR"), ("CHECKPOINT_DIR", "RESULTS_DIR")]
-
-
-@pytest.mark.parametrize("inside", ["", "inside"])
-@pytest.mark.parametrize("replaced, other", PAIRS)
-def test_stage_2_wants_three_folders(replaced, other, inside, toy_base, tmp_path, script):
-    """What is replaced as a whole may not hold another output."""
-    folder = old_output(tmp_path / "adapter", STAGE2)
-    before = files(folder)
-    with pytest.raises(BadInput, match=f"{replaced}|{folder}"):
-        toy_lora.toy_lora(tmp_path, toy_base, **{replaced: str(folder), other: str(folder / inside)}).main()
-    assert files(folder) == before
 
 
 def same(a, b):
@@ -132,66 +76,95 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def load(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
+def reinforce(root, base, resume=False, fault="", updates=8):
+    """Stage 3 with a LoRA, instructions and throws; in the second update from now on a fault happens.
+
+    Episodes of 30 decisions do not end where updates do.
+    """
+    toy = dict(TRAIN_LORA=True, CHANGE=0.1, THROWN=0.01, NUM_STEPS=24, MINIBATCH_SIZE=24, TOTAL_UPDATES=updates)
+    ppo = toy_script(PPO, root, MODEL=str(base), RESUME=resume, **toy)
+
+    def half_write():
+        for name in ("state.pt.partial", "video_final.partial.mp4"):
+            (root / "results" / name).write_text("half")
+        die()
+
+    faults = {
+        "rollout": (30, ppo, "to_simulator", die),  # between two decisions
+        "log": (2, run_files, "save_state", die),  # after the rows of the update, before its state
+        "state": (2, run_files, "save_state", half_write),
+        "worker": (30, ppo, "to_simulator", lambda: multiprocessing.active_children()[0].kill()),
+        "ctrl-c": (30, ppo, "to_simulator", press_ctrl_c),
+        "disk": (2, run_files, "save_state", fill_the_disk),
+    }
+    if fault:
+        at_call(*faults[fault])
+    ppo.main()
 
 
 FAULTS = {"rollout": KILLED, "log": KILLED, "state": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
 
 
 def test_ppo_resumes_exactly(toy_base, tmp_path, script):
-    """Starts that end badly and a last one, against one start, with a LoRA, instructions and throws; then it is made longer."""
-    alone, hurt = tmp_path / "alone", tmp_path / "hurt"
-    code, output = run(ppo_main, alone, toy_base)
+    """Starts that end badly and a last one, against one start; then it is made longer."""
+    alone, hurt = tmp_path / "alone" / "results", tmp_path / "hurt" / "results"
+    code, output = run(reinforce, alone.parent, toy_base)
     assert code == 0, output
     for done, (fault, expected) in enumerate(FAULTS.items(), 1):
-        code, output = run(ppo_main, hurt, toy_base, "yes", fault)
-        assert code == expected and (code == KILLED or "Traceback" not in output), output
-        assert load(hurt)["update"] == done, fault
+        code, output = run(reinforce, hurt.parent, toy_base, done > 1, fault)
+        assert code == expected and ("error: " in output) == (fault in ("worker", "disk")), output
+        assert run_files.load_state(hurt / "state.pt")["update"] == done, fault
         assert bool(list(hurt.glob("*.partial*"))) == (fault == "state"), fault
-        if fault in ("worker", "disk"):
-            error_line(output)
-    code, output = run(ppo_main, hurt, toy_base, "yes")
-    assert code == 0 and not list(hurt.glob("*.partial*")), output
+    code, output = run(reinforce, hurt.parent, toy_base, True)
+    assert code == 0, output
     for name in ("reward_log.csv", "update_log.csv", "eval_log.csv"):
         assert rows(hurt / name) == rows(alone / name), name
     assert len(rows(alone / "reward_log.csv")) > 5 and files(hurt / "policy").keys() == files(alone / "policy").keys()
     for name in ("policy.safetensors", "policy.json"):
         assert (hurt / "policy" / name).read_bytes() == (alone / "policy" / name).read_bytes(), name
-    state = load(alone)
-    assert same(load(hurt), state)
+    states = [run_files.load_state(results / "state.pt") for results in (alone, hurt)]
+    assert same(*states)
     for part in ("lora_B", "policy_head.2"):
-        assert any(p.abs().max() > 0 for name, p in state["model"].items() if part in name)
-    toy_ppo(hurt, toy_base, ppo_git_with_prompt=RESUMED | dict(RESUME=True, TOTAL_UPDATES=9)).main()
-    assert rows(hurt / "update_log.csv")[:8] == rows(alone / "update_log.csv") and load(hurt)["update"] == 9
+        assert any(p.abs().max() > 0 for name, p in states[0]["model"].items() if part in name)
+    reinforce(hurt.parent, toy_base, resume=True, updates=9)
+    assert rows(hurt / "update_log.csv")[:8] == rows(alone / "update_log.csv")
+    assert run_files.load_state(hurt / "state.pt")["update"] == 9
     history = json.loads((hurt / "run.json").read_text())["history"]
     assert len(history) == 7 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
 
 
-def test_fine_tuning_resumes_exactly(toy_base, tmp_path, script):
-    """Killed in the second epoch, killed while a checkpoint is written, interrupted; then a full disk at the very end.
+def fine_tune(root, pipeline, resume, fault=""):
+    """Stage 2 of the pipeline with outputs in `root`, to which something happens."""
+    inputs = dict(BASE_MODEL=f"{pipeline}/git-toy", DATA_DIR=f"{pipeline}/CarRacing-Data")
+    stage2 = toy_script(STAGE2, root, RESUME=resume, **inputs)
+    faults = {
+        "second epoch": (8, stage2.Trainer, "training_step", die),
+        "checkpoint": (1, torch, "save", die),  # after the weights, before the optimizer's state
+        "ctrl-c": (2, stage2.Trainer, "training_step", press_ctrl_c),
+        "disk": (1, stage2, "save_adapter", lambda: fill_the_disk(size=10_000)),  # less than the weights
+    }
+    if fault:
+        at_call(*faults[fault])
+    stage2.main()
+
+
+def test_fine_tuning_resumes_exactly(pipeline, tmp_path):
+    """Starts that end badly and a last one, against the pipeline's; then a full disk at the very end.
 
     The adapter that is there stays whole until another one is.
     """
-    alone, hurt = tmp_path / "alone", tmp_path / "hurt"
-    code, output = run(toy_lora.main, alone, toy_base)
-    assert code == 0, output
-    adapter = shutil.copytree(alone / "adapter", hurt / "adapter")
+    adapter = shutil.copytree(pipeline.adapter, tmp_path / "adapter")
     (adapter / "README.md").write_text("old")
-    for fault, expected in (("step", KILLED), ("checkpoint", KILLED), ("ctrl-c", 1)):
-        before = files(adapter)
-        code, output = run(toy_lora.main, hurt, toy_base, fault != "step", fault)
-        assert code == expected and (code == KILLED or "Traceback" not in output), output
-        assert files(adapter) == before
-    with pytest.raises(BadInput, match="LEARNING_RATE"):
-        toy_lora.toy_lora(hurt, toy_base, RESUME=True, LEARNING_RATE=1e-3).main()
-    code, output = run(toy_lora.main, hurt, toy_base, "yes")
-    assert code == 0, output
-    log = rows(hurt / "results" / "lora_log.csv")
-    assert [row["epoch"] for row in log] == ["0", "1", "2", "3"] and log == rows(alone / "results" / "lora_log.csv")
     before = files(adapter)
-    code, output = run(toy_lora.main, hurt, toy_base, "yes", "disk")
-    assert code == 1 and files(adapter) == before
+    for fault, expected in (("second epoch", KILLED), ("checkpoint", KILLED), ("ctrl-c", 1)):
+        code, output = run(fine_tune, tmp_path, pipeline.root, fault != "second epoch", fault)
+        assert code == expected and files(adapter) == before, output
+    code, output = run(fine_tune, tmp_path, pipeline.root, True)
+    assert code == 0, output
+    log = rows(tmp_path / "results" / "lora_log.csv")
+    assert log == rows(pipeline.results / "lora_log.csv") and [row["epoch"] for row in log] == ["0", "1", "2"]
+    before = files(adapter)
     for name in ("adapter_model.safetensors", "adapter_config.json", "task.json"):
-        assert (adapter / name).read_bytes() == (alone / "adapter" / name).read_bytes()
-    error_line(output)
+        assert before[name] == (pipeline.adapter / name).read_bytes()
+    code, output = run(fine_tune, tmp_path, pipeline.root, True, "disk")
+    assert code == 1 and "error: " in output and files(adapter) == before, output

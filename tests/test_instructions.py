@@ -16,12 +16,14 @@ def words(sentences):
     return {word for sentence in sentences for word in re.findall(r"[a-z]+", sentence.lower())}
 
 
+def without_marks(sentences):
+    return {" ".join(re.findall(r"\w+", sentence.lower())) for sentence in sentences}
+
+
 def test_held_out_sentences_are_not_taught_and_their_words_are_known():
     """Word for word; some words are known from the questions about the scene alone."""
     taught, held_out = instructions.taught_sentences(), instructions.held_out_sentences()
-    assert not {" ".join(re.findall(r"\w+", s.lower())) for s in taught} & {
-        " ".join(re.findall(r"\w+", s.lower())) for s in held_out
-    }
+    assert without_marks(taught).isdisjoint(without_marks(held_out))
     scene = words(wording for wordings in questions.QUESTIONS.values() for wording in wordings)
     scene |= words(sentence for seed in range(300) for sentence in questions.describe(*scene_of(seed)).values())
     scene |= words(questions.number(n) for n in range(101))
@@ -53,9 +55,8 @@ def test_training_draws_taught_sentences_only():
     assert instructions.is_held_out("slow left", "Keep left. slow and careful please.")
     assert instructions.is_held_out("slow right", "Drive slowly. Keep right.")
     assert instructions.is_held_out("speed forty-five", "Drive at forty-five.")
-    speeds = {f"speed {word}" for word in instructions.SPEEDS}
     simple = {"race", "slow", "left", "middle", "right", "stop", "chatter", "garbled"}
-    assert seen == simple | speeds | instructions.COMBINATIONS
+    assert seen == simple | {f"speed {word}" for word in instructions.SPEEDS} | instructions.COMBINATIONS
     assert not instructions.COMBINATIONS & instructions.HELD_OUT_COMBINATIONS
     assert not instructions.SPEEDS.keys() & instructions.HELD_OUT_SPEEDS.keys()
 
@@ -63,11 +64,7 @@ def test_training_draws_taught_sentences_only():
 def test_the_right_is_the_left_mirrored():
     left, right = INSTRUCTIONS["left"], INSTRUCTIONS["right"]
     assert right.target == Target(side=SIDE) and left.target == Target(side=-SIDE)
-    assert (
-        "Right, please." in right.taught
-        and "The left lane is closed." in right.taught
-        and "The right lane is closed." in left.taught
-    )
+    assert {"Right, please.", "The left lane is closed."} <= set(right.taught)
     assert instructions.mirrored(right.taught) == left.taught
 
 
@@ -147,8 +144,6 @@ def test_the_scene_in_sentences(about, sentence, known):
 
 
 def test_numbers_in_words():
-    said = {n: questions.number(n) for n in (0, 7, 13, 20, 21, 45, 90, 100, 250)}
-    assert [*said.values()] == [
-        "zero", "seven", "thirteen", "twenty", "twenty-one", "forty-five", "ninety", "one hundred", "one hundred",
-    ]  # fmt: skip
+    expected = {0: "zero", 13: "thirteen", 20: "twenty", 21: "twenty-one", 90: "ninety", 250: "one hundred"}
+    assert {n: questions.number(n) for n in expected} == expected
     assert len({questions.number(n) for n in range(101)}) == 101

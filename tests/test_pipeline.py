@@ -5,8 +5,6 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import run_pipeline
-from toy_process import rows
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
@@ -76,16 +74,3 @@ def test_the_saved_policy_scores_the_same(pipeline):
     assert facts["weights_hash"] == file_hash(pipeline.results / "policy" / "policy.safetensors")
     assert facts["mean"] == pytest.approx(np.mean(facts["returns"]), abs=0.01)
     assert facts["std"] == pytest.approx(np.std(facts["returns"]), abs=0.01)
-
-
-def test_the_same_seeds_give_the_same_files(pipeline, toy_base, tmp_path):
-    """All four scripts a second time: what they measured and trained is equal to the last bit."""
-    made = (pipeline, run_pipeline(tmp_path, toy_base))
-    names = [{p.relative_to(x.root) for p in x.root.rglob("*") if "checkpoints" not in p.parts} for x in made]
-    assert names[0] == names[1]
-    same = [p for p in names[0] if p.suffix in (".safetensors", ".jsonl") or p.match("CarRacing-Data/*/*.png")]
-    assert len(same) > 130 and all((made[0].root / p).read_bytes() == (made[1].root / p).read_bytes() for p in same)
-    for name in ("lora_log.csv", "reward_log.csv", "update_log.csv", "eval_log.csv"):
-        assert rows(made[0].results / name) == rows(made[1].results / name), name
-    one, two = (read(x.results / "eval_policy.json") for x in made)
-    assert one["returns"] == two["returns"]

@@ -60,13 +60,16 @@ def test_ppo_loss_by_hand():
 
 
 class Toy(gym.Env):
-    """Noise as frames; an action pays its simulator's index; episodes of `length` steps end or are cut off."""
+    """Noise as frames; an action pays its simulator's index; episodes of `length` steps end or are cut off.
+
+    Step t is told the t-th sentence of `says`, then the first again.
+    """
 
     observation_space, action_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8), gym.spaces.Discrete(5)
     resume_from, episode = None, -1
 
-    def __init__(self, number, length, truncates, pay=(0, 1, 2, 3, 4)):
-        self.number, self.length, self.truncates, self.pay = number, length, truncates, pay
+    def __init__(self, number, length, truncates, pay=(0, 1, 2, 3, 4), says=("",)):
+        self.number, self.length, self.truncates, self.pay, self.says = number, length, truncates, pay, says
 
     def frame(self):
         rng = np.random.default_rng([self.number, self.episode, self.t])
@@ -75,13 +78,16 @@ class Toy(gym.Env):
     def reset(self, *, seed=None, options=None):
         self.episode, self.t = self.resume_from or (self.episode + 1, 0)
         self.resume_from = None
-        return self.frame(), {}
+        return self.frame(), self.told()
+
+    def told(self):
+        return {"instruction": self.says[self.t % len(self.says)]}
 
     def step(self, action):
         self.t += 1
         end = self.t == self.length
         info = {"episode_summary": {"track_seed": 100 * self.number + self.episode, "length": self.t}} if end else {}
-        return self.frame(), self.pay[action], end and not self.truncates, end and self.truncates, info
+        return self.frame(), self.pay[action], end and not self.truncates, end and self.truncates, info | self.told()
 
     def snapshot(self):
         return self.episode, self.t
@@ -114,26 +120,30 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
     if lora:
         toy_model.add_lora(2, 4)
     randomize(toy_model, "_head.", "lora_B")
-    envs, num_steps, ended = make_toys(), 10, []
+    says, num_steps, ended, cut = ("Stop.", "Stop.", "Keep left."), 10, [], 0
+    envs = make_toys(says=says)
     (following, _), data, episodes, _ = ppo.rollout(envs, ppo.observe(*envs.reset()), toy_model, num_steps)
-    for n, env in enumerate((Toy(0, 4, True), Toy(1, 3, False))):
-        frame, _ = env.reset()
+    for n, env in enumerate((Toy(0, 4, True, says=says), Toy(1, 3, False, says=says))):
+        frame, info = env.reset()
         for t in range(num_steps):
-            step = {name: x[t, n] for name, x in data.items()}
-            assert not lora or np.array_equal(step["frames"], frame)
-            features, scores = toy_model.encode(frame[None])
+            step, told = {name: x[t, n] for name, x in data.items()}, info["instruction"]
+            assert not lora or (np.array_equal(step["frames"], frame) and step["instructions"] == told)
+            features, scores = toy_model.encode(frame[None], told)
             logits, value = toy_model.head(features, scores, step["dropout"][None])
             log_prob = logits.log_softmax(1)[0, step["action"]]
             frame, reward, terminated, truncated, info = env.step(to_simulator(step["action"]))
-            next_value = torch.tensor(0.0) if terminated else toy_model(frame[None])[1][0]
+            next_value = torch.tensor(0.0) if terminated else toy_model(frame[None], told)[1][0]
             expected = {"features": features[0], "answer_log_probs": scores[0], "log_prob": log_prob, "value": value[0]}
             for name, x in (expected | {"next_value": next_value}).items():
                 assert torch.allclose(step[name], x, atol=1e-5), name
-            assert (step["reward"], step["terminated"], step["done"]) == (reward, terminated, terminated or truncated)
+            done = terminated or truncated or info["instruction"] != told
+            assert (step["reward"], step["terminated"], step["done"]) == (reward, terminated, done)
+            cut += done
             if terminated or truncated:
                 ended.append((t, info["episode_summary"]))
-                frame, _ = env.reset()
+                frame, info = env.reset()
         assert np.array_equal(following[n], frame)
+    assert cut > len(ended)
     assert sorted(episodes, key=str) == sorted(ended, key=str) and len(ended) == 2 + 3
     assert data["dropout"].unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
     assert (data["dropout"] == 0).float().mean() == pytest.approx(
@@ -150,7 +160,6 @@ def make_batch(model, size=40):
     log_prob = model.head(features, scores, dropout)[0].log_softmax(-1).gather(1, action[:, None])[:, 0]
     batch = {
         "frames": frames,
-        "prompts": model.prompts("", size)[0],
         "features": features,
         "answer_log_probs": scores,
         "dropout": dropout,
@@ -177,7 +186,7 @@ def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model
 def test_microbatches_add_up_to_the_minibatch(toy_model, script):
     toy_model.add_lora(2, 4)
     randomize(toy_model, "lora_B", "_head.")
-    batch, results = make_batch(toy_model, 20), []
+    batch, results = make_batch(toy_model, 20) | {"instructions": np.full(20, "")}, []
     toy_model.weights = git_forward.prepare(
         toy_model.base, toy_model.processor.image_processor, onednn=False
     )  # to copy
@@ -220,6 +229,15 @@ def test_training_yields_before_the_first_update_and_after_each(run):
             assert moved == (number >= first), (kind, number)
 
 
+def test_the_average_is_the_weighted_sum_of_all_updates(run):
+    """Each update's weights count AVERAGE of those of the next; the initial ones have what is left."""
+    states = [state for *_, state in run]
+    weights = [ppo.AVERAGE**5, *((1 - ppo.AVERAGE) * ppo.AVERAGE**k for k in (4, 3, 2, 1, 0))]
+    for name, average in states[-1]["average"].items():
+        expected = sum(w * state["model"][name].double() for w, state in zip(weights, states, strict=True))
+        assert torch.allclose(average.double(), expected, atol=1e-6)
+
+
 def test_a_state_continues_to_the_same_numbers(run, toy_base):
     torch.manual_seed(99)
     model = GitText2ActionWithPrompt.from_pretrained(toy_base)
@@ -229,7 +247,8 @@ def test_a_state_continues_to_the_same_numbers(run, toy_base):
     for (_, episodes, diagnostics, state), (_, *expected) in zip(resumed, run[4:]):
         clock = {name: diagnostics[name] for name in ("decisions_per_second", "update_share", "seconds")}
         assert episodes == expected[0] and diagnostics == expected[1] | clock
-        assert all(torch.equal(p, expected[2]["model"][name]) for name, p in state["model"].items())
+        for part in ("model", "average"):
+            assert all(torch.equal(p, expected[2][part][name]) for name, p in state[part].items())
         ours, theirs = (x["processes"][0] for x in (state, expected[2]))
         assert torch.equal(ours["rng"]["cpu"], theirs["rng"]["cpu"]) and ours["episodes"] == theirs["episodes"]
 

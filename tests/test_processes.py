@@ -12,6 +12,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.utils import gather_object
@@ -104,21 +105,16 @@ def test_two_processes_train_as_one_on_tracks_of_their_own_and_resume(toy_model,
 
 def test_a_killed_torchrun_leaves_no_process(tmp_path):
     (tmp_path / "sleep.py").write_text(
-        "import os, pathlib, time\nfrom support import processes\nrank, _ = processes.join_torchrun()\n"
-        "pathlib.Path(__file__).with_name(f'{rank}.pid').write_text(f'{os.getpid()} ')\ntime.sleep(600)\n"
+        "import pathlib, time\nfrom support import processes\nrank, _ = processes.join_torchrun()\n"
+        "pathlib.Path(__file__).with_name(f'{rank}.ready').touch()\ntime.sleep(600)\n"
     )
-    agent = subprocess.Popen([*TORCHRUN, tmp_path / "sleep.py"], env=ENV)
-    files = [tmp_path / f"{rank}.pid" for rank in range(2)]
-    while not all(file.exists() and file.read_text() for file in files):
+    agent = psutil.Popen([*TORCHRUN, tmp_path / "sleep.py"], env=ENV)
+    while len(list(tmp_path.glob("*.ready"))) < 2:
         assert agent.poll() is None
         time.sleep(0.1)
+    processes_of_it = agent.children()
     agent.kill()
-    agent.wait()
-    for file in files:
-        with pytest.raises(ProcessLookupError):  # within ten seconds
-            for _ in range(100):
-                os.kill(int(file.read_text()), 0)
-                time.sleep(0.1)
+    assert len(processes_of_it) == 2 and not psutil.wait_procs(processes_of_it, timeout=10)[1]
 
 
 if __name__ == "__main__":

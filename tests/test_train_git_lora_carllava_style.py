@@ -5,7 +5,6 @@ import pytest
 import torch
 from test_GitText2ActionWithPrompt import randomize
 from torch.nn import functional as F
-from toy_lora import write_data
 
 import train_git_lora_carllava_style as stage2
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, prompt_ids
@@ -13,10 +12,17 @@ from instructions import WORDINGS
 
 
 @pytest.fixture
-def data(tmp_path):
-    """Ten frames of noise, every answer twice in their order."""
-    write_data(tmp_path)
-    return stage2.Captions(tmp_path / "validation")
+def data():
+    """Ten frames of noise, every answer twice in their order, under two instructions and with a question."""
+    rng, answers, samples = np.random.default_rng(0), list(ANSWERS), []
+    asked = {"question": "Is the car on the grass?", "text": "One wheel is on the grass."}
+    for i in range(10):
+        left = {"instruction": "left", "split": "taught", "sentence": "Keep left.", "text": answers[i % 5]}
+        fast = {"instruction": "speed thirty", "split": "held_out", "sentence": "Speed thirty."}
+        row = {"text": answers[i % 5], "answer": i % 5, "asked": [asked]}
+        row["told"] = [left, fast | {"text": answers[(i + 1) % 5]}]
+        samples.append((rng.integers(0, 256, (96, 96, 3), dtype=np.uint8), row))
+    return samples
 
 
 def test_only_the_answer_is_supervised(toy_model, data):
