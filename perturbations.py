@@ -45,7 +45,7 @@ class Throws(gym.Wrapper):
 
     Sped up to more than the teacher ever drives, or turned by any angle and, half of the time, put anywhere across road and
     verge; its velocity then turns along, stays as it was (the car slides), or is a new one. Draws come from the episode's
-    seed; `info["thrown"]` says when.
+    seed; `info["thrown"]` says when it was turned: what a car that was only sped up does is its driver's doing.
     """
 
     def __init__(self, env, at_start=0.0, chance=0.0):
@@ -61,16 +61,17 @@ class Throws(gym.Wrapper):
     def step(self, action):
         thrown, self.due = self.due or self.rng.random() < self.chance, False
         if thrown:
-            self.throw()
+            thrown = self.throw()
         obs, reward, terminated, truncated, info = self.env.step(action)
         return obs, reward, terminated, truncated, info | {"thrown": thrown}
 
     def throw(self):
-        """One throw, now."""
+        """One throw, now; returns whether the car was turned."""
         car, rng, road = self.unwrapped.car, self.rng, self.get_wrapper_attr("road")
         if rng.random() < SPED_UP:
             direction = np.array([-np.sin(car.hull.angle), np.cos(car.hull.angle)])
-            return move_car(car, 0.0, velocity=rng.uniform(*SPED_UP_TO) * direction)
+            move_car(car, 0.0, velocity=rng.uniform(*SPED_UP_TO) * direction)
+            return False
         turn, shift, velocity = rng.uniform(-np.pi, np.pi), np.zeros(2), None
         if rng.random() < 0.5:
             across = np.array([np.cos(road.heading), np.sin(road.heading)])
@@ -81,3 +82,4 @@ class Throws(gym.Wrapper):
         elif kind == 2:
             velocity = rng.uniform(0, THROWN_SPEED) * np.array([-np.sin(angle), np.cos(angle)])
         move_car(car, turn, shift, velocity)
+        return True

@@ -220,7 +220,7 @@ def test_what_a_throw_costs_is_not_charged():
         rewards = dataclasses.replace(FLAT, grass_limit=50, thrown_grace=grace)
         env = TrainingRewards(Throws(make_env(2, draw=False), 0.0, 0.0), 3, rewards)
         env.reset()
-        env.env.due, env.env.throw = chance > 0, lambda: None
+        env.env.due, env.env.throw = chance > 0, lambda: True  # turned
         road, terminated, paid = Road(env), False, []
         move_car(env.unwrapped.car, 0.0, 15 * np.array([np.cos(road.heading), np.sin(road.heading)]))
         env.furthest_tile = env.unwrapped.tile_visited_count + 4  # five tiles are behind
