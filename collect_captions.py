@@ -39,7 +39,8 @@ from support import cards, checks, processes, run_files
 from support.run_files import ROOT
 from teacher import TEACHER, PrivilegedState, load_teacher
 
-POLICY = "teacher"  # who drives: "teacher", or a PPO policy's folder such as "results/policy"
+# who drives: "teacher", or what a model would say, an adapter of stage 2, or a PPO policy: "results/policy"
+POLICY = "teacher"
 ANSWER_BY = "teacher"  # who answers: "teacher" (with a PPO policy driving: DAgger), or "policy", the driver itself
 OUTPUT_DIR = "CarRacing-Data"
 
@@ -63,7 +64,11 @@ NUM_WORKERS = 2  # processes
 def load_drivers(policy):
     """The teacher, and the model that drives instead of it or None; once in each process."""
     torch.set_num_threads(1)
-    return load_teacher(), None if policy == "teacher" else GitText2ActionWithPrompt.from_policy(ROOT / policy)
+    if policy == "teacher":
+        return load_teacher(), None
+    is_policy = (ROOT / policy / "policy.json").exists()
+    load = GitText2ActionWithPrompt.from_policy if is_policy else GitText2ActionWithPrompt.from_pretrained
+    return load_teacher(), load(ROOT / policy)
 
 
 def answer_for(action, state):
@@ -115,11 +120,11 @@ def collect_episode(track_seed, settings, split="taught"):
         state = info["state"]
         plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
         if model:
-            said = ["", driving.sentence, *(x.sentence for x in told)]
-            said = to_simulator(model(np.stack([frame] * len(said)), said)[0].argmax(1))
-            action = said[1]
-            if settings.answer_by == "policy":
-                plain, dreamed = said[0], said[2:]
+            answers = settings.answer_by == "policy" and kept
+            said = [driving.sentence, *(["", *(x.sentence for x in told)] if answers else [])]
+            action, *said = to_simulator(model(np.stack([frame] * len(said)), said)[0].argmax(1))
+            if answers:
+                plain, *dreamed = said
         if kept:
             number = round(base.t * FPS) - 1
             row = {
