@@ -283,8 +283,13 @@ COMBINATIONS = {
 
 COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
+# how often a sentence that names the other side is said, relative to the others: said as often, neither "left" nor "right"
+# tells anything by itself, and LoRA learned neither (LOG.md)
+INDIRECT = 0.4
 SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # left out or added then
 SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
+
+WISH_QUESTION = "What do I want?"  # asked after an instruction, about the words alone; `wish` answers it
 
 # the plain question in other words
 WORDINGS = sentences("""
@@ -323,11 +328,17 @@ def target(name):
     return Target(INSTRUCTIONS[speed].target.speed, INSTRUCTIONS[side].target.side)
 
 
+def names_other_side(name, sentence):
+    """Whether the sentence asks for the side `name` by naming the other one: "The left lane is closed."."""
+    return {"left": "right", "right": "left"}.get(name) in without_marks(sentence).split()
+
+
 def phrase(name, rng, split="taught"):
     """One sentence that asks for the instruction `name`, two for a combination; `split` is "taught" or "held_out"."""
     if name in INSTRUCTIONS:
         phrasings = getattr(INSTRUCTIONS[name], split)
-        return phrasings[rng.integers(len(phrasings))]
+        weights = np.array([INDIRECT if names_other_side(name, sentence) else 1.0 for sentence in phrasings])
+        return phrasings[rng.choice(len(phrasings), p=weights / weights.sum())]
     parts = [phrase(part, rng, split) for part in name.rsplit(" ", 1)]
     return " ".join(parts if rng.random() < 0.5 else parts[::-1])
 
@@ -394,6 +405,13 @@ def say(name, rng, split="taught", varied_share=0.0):
     return Told(name, split, sentence, target(name))
 
 
+def wish(name):
+    """The answer to WISH_QUESTION under the instruction `name`: the simplest way to say it, or "Nothing."."""
+    if name in ("chatter", "garbled"):
+        return "Nothing."
+    return " ".join(INSTRUCTIONS[part].taught[0] for part in ([name] if name in INSTRUCTIONS else name.rsplit(" ", 1)))
+
+
 def taught_sentences():
     """Everything that may be said in training, each sentence by itself: a set of strings."""
     names = INSTRUCTIONS.keys() - {f"speed {word}" for word in HELD_OUT_SPEEDS}
@@ -425,6 +443,6 @@ def digest():
     said |= {
         "combinations": sorted(COMBINATIONS),
         "wordings": WORDINGS,
-        "shares": [COMBINATION_SHARE, GARBLED_SHARE, SMALL_TALK_SHARE],
+        "shares": [COMBINATION_SHARE, GARBLED_SHARE, SMALL_TALK_SHARE, INDIRECT],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

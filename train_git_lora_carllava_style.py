@@ -6,8 +6,8 @@ processor, card, task.json, run.json), and results/: lora_log.csv (a row per epo
     python train_git_lora_carllava_style.py      # 10 to 30 minutes on two CPU cores; then python ppo_git_with_prompt.py
 
 Each frame is read once with several texts: the plain question in several wordings, the question under some of the
-instructions it was labelled for, and a question about the scene, so that seeing is not forgotten. Only the answers' tokens
-are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding. Exact answers are reported for the
+instructions it was labelled for, and a question about the scene, so that seeing is not forgotten, or about the instruction,
+so that what is wanted is understood before it is done. Only the answers' tokens are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding. Exact answers are reported for the
 plain question, by instruction (taught phrasings and others) and for the questions about the scene, before and after.
 """
 
@@ -20,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -37,51 +36,54 @@ from support import cards, checkpoints, checks, plots, processes, run_files
 from support.run_files import ROOT
 
 BASE_MODEL = "offline/git-tiny"  # any GIT checkpoint; for the Hub's: "microsoft/git-base"
+ADAPTER = ""  # an adapter of this script that learns on, and keeps its rank; "": a new one begins
 DATA_DIR = "CarRacing-Data"
+MORE_DATA = ()  # further folders of stage 1, for training only: of frames where the model drove ("CarRacing-Data-2",)
 OUTPUT_DIR = "lora_git_caption_model_carllava"
 RESULTS_DIR = "results"
 CHECKPOINT_DIR = "results/lora_checkpoints"  # the Trainer's, one per epoch; resumed from if RESUME
 RESUME = False
 SEED = 0
 MIN_FRAMES = 1_000  # fewer training frames are the shipped sample, not a dataset
-MACRO_MIN_FRAMES = 30  # the macro recall leaves out actions with fewer validation frames
 
 LORA_RANK = 32
 LORA_ALPHA = 64
 EPOCHS = 4
 PLAIN_TEXTS = 1  # per frame and epoch: the plain question
-TOLD_TEXTS = 2  # the question under an instruction
+TOLD_TEXTS = 2  # the question under the instruction that the driver had, and under others
 ASKED_TEXTS = 1  # questions about the scene
+WISHES = 0.5  # share of them that ask for the wish behind an instruction instead
 REWORDED = 0.0  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
 LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
 WEIGHT_DECAY = 0.0
 WARMUP = 0.05  # share of the steps, then a cosine to zero
 
-MAY_CHANGE = {"RESUME", "DATA_DIR", "OUTPUT_DIR", "RESULTS_DIR", "CHECKPOINT_DIR", "MIN_FRAMES", "MACRO_MIN_FRAMES"}
+MAY_CHANGE = {"RESUME", "DATA_DIR", "MORE_DATA", "OUTPUT_DIR", "RESULTS_DIR", "CHECKPOINT_DIR", "MIN_FRAMES"}
 
 
 class Captions(torch.utils.data.Dataset):
-    """One split of an imagefolder dataset: (frame uint8 (96, 96, 3), its metadata row)."""
+    """One split of one or more imagefolder datasets: (frame uint8 (96, 96, 3), its metadata row)."""
 
-    def __init__(self, folder):
-        self.folder, metadata = Path(folder), Path(folder) / "metadata.jsonl"
-        if not metadata.exists():
-            raise checks.BadInput(f"no captions in {folder}/: run collect_captions.py first")
-        try:
-            lines = metadata.read_text().splitlines()
-            self.rows = [{"told": [], "asked": []} | json.loads(line) for line in lines]
-            for row in self.rows:
-                row["answer"] = list(ANSWERS).index(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
+    def __init__(self, *folders):
+        self.rows = []
+        for folder in map(Path, folders):
+            metadata = folder / "metadata.jsonl"
+            if not metadata.exists():
+                raise checks.BadInput(f"no captions in {folder}/: run collect_captions.py first")
+            try:
+                for row in map(json.loads, metadata.read_text().splitlines()):
+                    added = {"file": folder / row["file_name"], "answer": list(ANSWERS).index(row["text"])}
+                    self.rows.append({"told": [], "asked": []} | row | added)
+            except (ValueError, KeyError, TypeError) as error:
+                raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
         row = self.rows[index]
-        with Image.open(self.folder / row["file_name"], formats=["PNG"]) as image:
+        with Image.open(row["file"], formats=["PNG"]) as image:
             return np.asarray(image.convert("RGB")), row
 
 
@@ -95,14 +97,27 @@ def draw_texts(row):
         return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < reworded else PROMPT
 
     texts = [("", wording(REWORDED), row["text"]) for _ in range(PLAIN_TEXTS)]
-    texts += [(told["sentence"], wording(REWORDED / 2), told["text"]) for told in some(row["told"], TOLD_TEXTS)]
-    return texts + [("", asked["question"], asked["text"]) for asked in some(row["asked"], ASKED_TEXTS)]
+    in_force, dreamed = row["told"][:1], some(row["told"][1:], TOLD_TEXTS - 1)
+    texts += [(told["sentence"], wording(REWORDED / 2), told["text"]) for told in in_force + dreamed]
+    for asked in some(row["asked"], ASKED_TEXTS):
+        asks_for_wish = row["told"] and torch.rand(()) < WISHES
+        texts.append(wish_of(some(row["told"], 1)[0]) if asks_for_wish else ("", asked["question"], asked["text"]))
+    return texts
+
+
+def wish_of(told):
+    """The text that asks for the wish behind an instruction, which the words alone tell."""
+    return told["sentence"], instructions.WISH_QUESTION, instructions.wish(told["instruction"])
 
 
 def all_texts(row):
-    """The texts that a validation frame is measured with: the plain question, all it was labelled for, all it was asked."""
+    """The texts that a validation frame is measured with.
+
+    The plain question, all that it was labelled for, the wishes behind these, all that it was asked.
+    """
     told = [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
-    return [("", PROMPT, row["text"]), *told, *(("", asked["question"], asked["text"]) for asked in row["asked"])]
+    asked = [("", asked["question"], asked["text"]) for asked in row["asked"]]
+    return [("", PROMPT, row["text"]), *told, *map(wish_of, row["told"]), *asked]
 
 
 class Collator:
@@ -130,18 +145,15 @@ class Collator:
 class EpochReport(TrainerCallback):
     """After every epoch, and before the first: validate, print a row, append it to lora_log.csv and redraw the graphs.
 
-    A gradient that is not finite, as that of such a loss, ends the run before it spoils the adapter.
+    A loss that is not finite ends the run before a checkpoint holds what it spoilt.
     """
 
     def __init__(self, model, data, results):
         self.model, self.data, self.results, self.metrics, self.began = model, data, results, None, time.time()
 
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise checks.BadInput("the LoRA loss is not finite: lower LEARNING_RATE; adapter and checkpoints are kept")
-
     def on_log(self, args, state, control, logs, **kwargs):
+        if not np.isfinite(logs.get("loss", 0)):
+            raise checks.BadInput("the LoRA loss is not finite: lower LEARNING_RATE; adapter and checkpoints are kept")
         if "loss" in logs and state.is_world_process_zero:
             self.report(round(state.epoch), logs["loss"])
 
@@ -150,11 +162,12 @@ class EpochReport(TrainerCallback):
         row = {"epoch": epoch, "average_loss": average_loss, **self.metrics, "seconds": time.time() - self.began}
         log = self.results / "lora_log.csv"
         run_files.Log(log, key="epoch", keep_until=epoch - 1).write(row)  # a resumed run repeats an epoch
-        told = [x for name, x in self.metrics.items() if name.endswith("_taught")] or [np.nan]
+        told = [x for name, x in self.metrics.items() if name.endswith("_taught") and "wish" not in name] or [np.nan]
         tqdm.write(
             f"epoch {epoch}: average loss {average_loss:.4f}, validation {row['validation_loss']:.4f}, exact answers "
             f"{row['exact_match']:.1%} (the commonest one: {row['majority_share']:.1%}), under instructions "
-            f"{np.mean(told):.1%}, about the scene {row.get('exact_scene', np.nan):.1%}"
+            f"{np.mean(told):.1%}, wishes {row.get('exact_wish_taught', np.nan):.1%}, about the scene "
+            f"{row.get('exact_scene', np.nan):.1%}"
         )
         plots.draw_lora_loss(self.results)
         plots.draw_confusion(confusion, list(ANSWERS), self.results / "lora_confusion.png")
@@ -165,14 +178,13 @@ def validate(model, data, batch_size):
     """What the answers are worth on held-out tracks: metrics, and the confusion matrix, int64 (5, 6).
 
     That is the teacher's answer by the generated answer to the plain question, the last column for words that are no
-    answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings;
-    `exact_scene` those to the questions about the scene.
+    answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings,
+    `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those to the questions about the scene.
     """
     model.prepare()  # the answers are those of the weights as they are now
     collate, answers = Collator(model.processor, all_texts), list(ANSWERS)
-    first_words, last = torch.tensor([ids[0] for ids in model.answers]), len(model.prompt) - 1
     confusion = np.zeros((len(answers), len(answers) + 1), dtype=np.int64)
-    loss, first_token_loss, exact = 0.0, 0.0, collections.defaultdict(list)
+    loss, exact = 0.0, collections.defaultdict(list)
     for indices in torch.arange(len(data)).split(batch_size):
         samples = [data[i] for i in indices]
         frames, rows = zip(*samples)
@@ -180,52 +192,43 @@ def validate(model, data, batch_size):
         with model.autocast():
             logits = git_forward.read_texts(model.weights, batch["pixel_values"], batch["input_ids"]).float()
         loss += git_forward.text_loss(logits, batch["labels"]).item() * len(samples)
-        truth = torch.tensor([row["answer"] for row in rows])
-        first_token_loss += F.cross_entropy(logits[:, 0, last].cpu(), first_words[truth], reduction="sum").item()
-        for text, true in zip(model.answer(np.stack(frames)), truth.tolist()):
-            confusion[true, answers.index(text) if text in answers else -1] += 1
+        for text, row in zip(model.answer(np.stack(frames)), rows):
+            confusion[row["answer"], answers.index(text) if text in answers else -1] += 1
         for row, (_, *others) in zip(rows, git_forward.exactly_right(logits, batch["labels"]).tolist()):
-            for told, correct in zip(row["told"], others):
+            count = len(row["told"])
+            for told, correct, understood in zip(row["told"], others, others[count:]):
                 exact[f"exact_{instructions.kind(told['instruction'])}_{told['split']}"].append(correct)
-            exact["exact_scene"] += others[len(row["told"]) :]
-    losses = {"validation_loss": loss / len(data), "first_token_loss": first_token_loss / len(data)}
+                exact[f"exact_wish_{told['split']}"].append(understood)
+            exact["exact_scene"] += others[2 * count :]
     by_kind = {name: float(np.mean(correct)) for name, correct in sorted(exact.items())}
-    return losses | summarize(confusion, first_words.numpy()) | by_kind, confusion
+    return {"validation_loss": loss / len(data)} | summarize(confusion) | by_kind, confusion
 
 
-def summarize(confusion, first_words):
-    """Exact match, the majority's share, the entropy of the answers' first words, recall and count of each answer."""
+def summarize(confusion):
+    """Exact match, the share of the commonest answer (exact without looking), and each answer's recall."""
     counts, total = confusion.sum(1), confusion.sum()
-    words = np.bincount(first_words, counts)
-    words = words[words > 0] / total
-    recall = np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
-    frequent = recall[counts >= MACRO_MIN_FRAMES]
-    metrics = {
-        "first_token_entropy": float(-(words * np.log(words)).sum()),  # what first_token_loss is without looking
-        "exact_match": float(np.trace(confusion) / total),
-        "majority_share": float(counts.max() / total),
-        "macro_recall": float(frequent.mean()) if len(frequent) else np.nan,
-    }
-    for i, answer in enumerate(ANSWERS):
-        name = answer.lower().replace(" ", "_")
-        metrics |= {f"recall_{name}": float(recall[i]), f"count_{name}": int(counts[i])}
-    return metrics
+    metrics = {"exact_match": float(np.trace(confusion) / total), "majority_share": float(counts.max() / total)}
+    recalls = np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
+    return metrics | {f"recall_{answer.lower().replace(' ', '_')}": float(x) for answer, x in zip(ANSWERS, recalls)}
 
 
 def load_data():
     """The two splits, of frames that were collected for this task."""
-    train, validation = (Captions(ROOT / DATA_DIR / split) for split in ("train", "validation"))
+    folders = [ROOT / folder for folder in (DATA_DIR, *MORE_DATA)]
+    train = Captions(*(folder / "train" for folder in folders))
+    validation = Captions(ROOT / DATA_DIR / "validation")
     if len(train) < max(MIN_FRAMES, BATCH_SIZE):
         remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
         raise checks.BadInput(f"{DATA_DIR}/ has {len(train)} training frames, a sample: {remedy}")
     if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:  # each frame is read with as many texts
-        raise checks.BadInput(f"{DATA_DIR}/train mixes frames of several settings: rerun collect_captions.py")
+        raise checks.BadInput(f"{DATA_DIR}/train holds frames of several settings: rerun collect_captions.py")
     told = {(x["instruction"], x["sentence"]) for row in train.rows for x in row["told"]}
     if held_out := sorted(sentence for name, sentence in told if instructions.is_held_out(name, sentence)):
         remedy = "which instructions.py holds out: rerun collect_captions.py"
         raise checks.BadInput(f"{DATA_DIR}/train says {held_out[0]!r}, {remedy}")
-    task = checks.read_json(ROOT / DATA_DIR / checkpoints.TASK_FILE)
-    checks.check_same(f"{DATA_DIR}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
+    for folder in folders:
+        task = checks.read_json(folder / checkpoints.TASK_FILE)
+        checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
     return train, validation
 
 
@@ -241,6 +244,7 @@ def make_trainer(git, processor, data, report):
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,
         save_strategy="epoch",
         save_total_limit=2,
         use_cpu=on_cpu,
@@ -275,7 +279,8 @@ def main():
     train, validation = load_data()
     git, processor = checkpoints.load_base(BASE_MODEL)
     facts = model_file.task() | {"base_model": BASE_MODEL, "base_fingerprint": checkpoints.fingerprint(git)}
-    data_hash = run_files.file_hash(ROOT / DATA_DIR / "train" / "metadata.jsonl")
+    metadata = [ROOT / folder / "train" / "metadata.jsonl" for folder in (DATA_DIR, *MORE_DATA)]
+    data_hash = " ".join(map(run_files.file_hash, metadata))
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
     run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)
     results = run_files.check_writable(ROOT / RESULTS_DIR)
@@ -286,8 +291,11 @@ def main():
     elif rank == 0:
         run_files.clear(checkpoint_dir, script, results, output)
         run_files.write_run(checkpoint_dir, run)
-    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS)
-    git = get_peft_model(git_forward.train_by_this_pass(git, processor.image_processor), lora)
+    git = git_forward.train_by_this_pass(git, processor.image_processor)
+    if ADAPTER:
+        git = PeftModel.from_pretrained(git, ROOT / ADAPTER, is_trainable=True)
+    else:
+        git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
     if rank == 0:
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"

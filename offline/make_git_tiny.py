@@ -2,8 +2,9 @@
 
 Reads offline/teacher.safetensors, which drives, under changing targets and thrown about, through the frames it learns from.
 Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.json. Each frame comes with several questions
-about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Its vocabulary also
-holds the words of instructions.py, of which it has no idea yet.
+about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Beside them it learns
+to say in the simplest words what somebody wants, by the taught phrasings of instructions.py: a model that has read a book
+knows that left is not right. What to do for it, it does not know.
 
     python -m offline.make_git_tiny      # 20 minutes on two fast CPU cores, an hour on slow ones; the shipped one: git checkout offline/git-tiny
 """
@@ -41,7 +42,7 @@ STATE = ROOT / "offline" / "git_tiny_state.pt"  # not in git: from which an inte
 RESUME = False
 SEED = 0
 
-TRAIN_FRAMES = 48_000
+TRAIN_FRAMES = 40_000
 VALIDATION_FRAMES = 2_000
 TRAIN_TRACKS = range(50_000, 60_000)
 VALIDATION_TRACKS = range(100_000, 110_000)
@@ -65,6 +66,8 @@ EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
 WORDINGS = 3  # of each question
+WISHES = 64  # instructions per step, after which it is asked what is wanted
+VARIED = 0.5  # share of these that are said as somebody else might say them
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 1.0
@@ -131,6 +134,7 @@ def make_processor(answers=()):
     texts += {answer for row in answers for answer in row.values()}
     texts += [questions.number(n) for n in range(101)]
     texts += sorted(instructions.taught_sentences() | instructions.held_out_sentences()) + [PROMPT, *ANSWERS]
+    texts += [instructions.WISH_QUESTION, instructions.wish("garbled")]
     letters = string.ascii_lowercase + string.digits
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *letters]
     vocabulary += [f"##{letter}" for letter in letters]
@@ -187,11 +191,26 @@ class Texts:
             for frame, qs, ws in zip(frames.tolist(), asked.tolist(), wordings.tolist())
             for q, w in zip(qs, ws)
         ]
-        tokens = [torch.tensor(prompt + ending) for prompt, ending in rows]
-        labels = [torch.tensor([-100] * len(prompt) + ending) for prompt, ending in rows]
-        tokens = pad_sequence(tokens, batch_first=True, padding_value=self.pad)
-        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-        return tokens.view(*asked.shape, -1), labels.view(*asked.shape, -1)
+        return [x.view(*asked.shape, -1) for x in pad(rows, self.pad)]
+
+
+def pad(rows, padding_value):
+    """Token ids and labels int64 (N, T) of N pairs of prompt and ending; labels are -100 on all but the ending."""
+    tokens = [torch.tensor(prompt + ending) for prompt, ending in rows]
+    labels = [torch.tensor([-100] * len(prompt) + ending) for prompt, ending in rows]
+    return [
+        pad_sequence(x, batch_first=True, padding_value=value) for x, value in ((tokens, padding_value), (labels, -100))
+    ]
+
+
+def wishes(tokenizer, told):
+    """Token ids and labels int64 (N, T) of N instructions, as `instructions.draw` returns them, and the wish behind each."""
+    rows = []
+    for x in told:
+        ending = tokenizer(instructions.wish(x.name), add_special_tokens=False).input_ids
+        prompt = model_file.prompt_ids(tokenizer, x.sentence, instructions.WISH_QUESTION)
+        rows.append((prompt, [*ending, tokenizer.sep_token_id]))
+    return pad(rows, tokenizer.pad_token_id)
 
 
 def answer(model, frames, tokens):
@@ -209,11 +228,17 @@ def batches(num_frames, first_step):
         yield step, order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
 
 
-def train_step(model, optimizer, schedule, frames, texts, rows):
-    """One step on the frames `rows`, with QUESTIONS_PER_FRAME of the questions of each in any wording; returns the loss."""
+def train_step(model, optimizer, schedule, frames, texts, rows, rng):
+    """One step on the frames `rows`; returns the loss.
+
+    With QUESTIONS_PER_FRAME of the questions of each in any wording, and WISHES random instructions before a few of them.
+    """
     asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
     tokens, labels = texts(rows, asked, torch.randint(WORDINGS, asked.shape))
     loss = git_forward.text_loss(answer(model, frames[rows], tokens), labels)
+    told = [instructions.draw(rng, varied_share=VARIED) for _ in range(WISHES)]
+    tokens, labels = (x.unflatten(0, (-1, QUESTIONS_PER_FRAME)) for x in wishes(model.processor.tokenizer, told))
+    loss = loss + git_forward.text_loss(answer(model, frames[rows[: len(tokens)]], tokens), labels)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.git.parameters(), MAX_GRAD_NORM)
@@ -224,7 +249,7 @@ def train_step(model, optimizer, schedule, frames, texts, rows):
 
 @torch.no_grad()
 def evaluate(model, frames, texts):
-    """Share of wholly right answers per question, and the mean loss, on held-out tracks."""
+    """Share of wholly right answers per question and to WISH_QUESTION, and the mean loss, on held-out tracks."""
     right, losses = [], []
     for rows in torch.arange(len(frames)).split(BATCH_SIZE):
         asked = torch.arange(len(texts.keys)).expand(len(rows), -1)
@@ -232,8 +257,15 @@ def evaluate(model, frames, texts):
         logits = answer(model, frames[rows], tokens)
         losses.append(git_forward.text_loss(logits, labels).item())
         right.append(git_forward.exactly_right(logits, labels))
-    shares = torch.cat(right).float().mean(0).tolist()
-    return {key: round(share, 3) for key, share in zip(texts.keys, shares)}, float(np.mean(losses))
+    shares = dict(zip(texts.keys, torch.cat(right).float().mean(0).tolist()))
+    for split, name in (("taught", "wish, taught phrasings"), ("held_out", "wish, phrasings never taught")):
+        rng = np.random.default_rng(0)
+        tokens, labels = wishes(
+            model.processor.tokenizer, [instructions.draw(rng, split) for _ in range(BATCH_SIZE * 4)]
+        )
+        logits = answer(model, frames[:1], tokens[None])
+        shares[name] = git_forward.exactly_right(logits, labels[None]).float().mean().item()
+    return {key: round(share, 3) for key, share in shares.items()}, float(np.mean(losses))
 
 
 def save(model, run, loss, validation_loss, accuracy):
@@ -249,7 +281,7 @@ def save(model, run, loss, validation_loss, accuracy):
         "shape": f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE}, width {WIDTH}, {VISION_LAYERS} vision and "
         f"{TEXT_LAYERS} text layers, a WordPiece vocabulary of its own",
         "made": f"seed {SEED}, {TRAIN_FRAMES:,} frames of tracks from {TRAIN_TRACKS[0]:,}, {EPOCHS} epochs, "
-        f"{QUESTIONS_PER_FRAME} questions per frame",
+        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} instructions per step",
         "loss": loss,
         "validation_loss": validation_loss,
     }
@@ -288,7 +320,8 @@ def main():
         first, losses = state["step"], state["losses"]
         torch.set_rng_state(state["rng"])
     for step, rows in (bar := tqdm(batches(len(frames), first), initial=first, total=steps, mininterval=10)):
-        losses.append(train_step(model, optimizer, schedule, *train, rows))
+        rng = np.random.default_rng([SEED, step])
+        losses.append(train_step(model, optimizer, schedule, *train, rows, rng))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if (step + 1) % SAVE_EVERY == 0:
             state = {name: part.state_dict() for name, part in parts.items()}

@@ -171,7 +171,8 @@ BASE = """
 # git-tiny
 
 A GIT (image encoder + text decoder) of {parameters:,} parameters and {words} words for Gymnasium's CarRacing: {shape}.
-It answers questions about the scene, which were answered from the simulator's state while training; it was never shown an action.
+It answers questions about the scene, which were answered from the simulator's state while training, and says in the simplest words
+what an instruction wants ("The right lane is closed. What do I want?": "Keep left."); it was never shown an action.
 
 Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy of the answers, per token, {loss:.3f}, on frames of other
 tracks {validation_loss:.3f}. Wholly right answers there:

@@ -68,6 +68,24 @@ def test_the_right_is_the_left_mirrored():
     assert instructions.mirrored(right.taught) == left.taught
 
 
+def test_a_side_is_more_often_named_than_the_other_one():
+    rng = np.random.default_rng(0)
+    said = [instructions.phrase("right", rng) for _ in range(2000)]
+    indirect = np.mean(["left" in instructions.without_marks(sentence).split() for sentence in said])
+    phrasings = INSTRUCTIONS["right"].taught
+    evenly = np.mean(["left" in instructions.without_marks(sentence).split() for sentence in phrasings])
+    assert 0.35 < evenly < 0.5 and 0.15 < indirect < 0.3 and set(said) == set(phrasings)
+
+
+def test_the_wish_is_the_simplest_phrasing():
+    said = {
+        name: instructions.wish(name) for name in ("left", "stop", "speed thirty", "slow right", "chatter", "garbled")
+    }
+    assert [*said.values()] == [
+        "Keep left.", "Stop.", "Drive at speed thirty.", "Drive slowly. Keep right.", "Nothing.", "Nothing.",
+    ]  # fmt: skip
+
+
 def test_targets_measure_speed_and_side():
     slow_left = instructions.target("slow left")
     assert slow_left == Target(20.0, -SIDE)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import train_git_lora_carllava_style as stage2
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, prompt_ids
-from instructions import WORDINGS
+from instructions import WISH_QUESTION, WORDINGS
 
 
 @pytest.fixture
@@ -26,13 +26,17 @@ def data():
 
 
 def test_only_the_answer_is_supervised(toy_model, data):
-    """The plain question, two instructions, a question about the scene: against the tokenizer."""
+    """The plain question, two instructions, their wishes, a question about the scene: against the tokenizer."""
     tokenizer = toy_model.processor.tokenizer
     samples = [data[i] for i in range(5)]
     batch = stage2.Collator(toy_model.processor, stage2.all_texts)(samples)
-    assert batch["input_ids"].shape[:2] == (5, 4) and batch["pixel_values"].max() > 1
+    assert batch["input_ids"].shape[:2] == (5, 6) and batch["pixel_values"].max() > 1
     for (_, row), texts, labels in zip(samples, batch["input_ids"], batch["labels"]):
         expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
+        expected += [
+            ("Keep left. What do I want?", "Keep left."),
+            ("Speed thirty. What do I want?", "Drive at speed thirty."),
+        ]
         expected.append((row["asked"][0]["question"], row["asked"][0]["text"]))
         for ids, label, (prompt, answer) in zip(texts, labels, expected):
             supervised = label != -100
@@ -47,7 +51,10 @@ def test_training_texts_vary_in_wording_and_keep_their_answers(data, monkeypatch
     torch.manual_seed(0)
     row = data[0][1]
     texts = [text for _ in range(300) for text in stage2.draw_texts(row)]
-    assert {(told, answer) for told, _, answer in texts if told} == {(x["sentence"], x["text"]) for x in row["told"]}
+    wishes = {("Keep left.", "Keep left."), ("Speed thirty.", "Drive at speed thirty.")}
+    assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == wishes
+    told = {(told, answer) for told, question, answer in texts if told and question != WISH_QUESTION}
+    assert told == {(x["sentence"], x["text"]) for x in row["told"]}
     plain = [question for told, question, _ in texts if not told and question != row["asked"][0]["question"]]
     assert set(plain) == set(WORDINGS) and 0.4 < plain.count(PROMPT) / len(plain) < 0.7
     assert len(texts) == 300 * (stage2.PLAIN_TEXTS + stage2.TOLD_TEXTS + stage2.ASKED_TEXTS)
@@ -76,23 +83,22 @@ def test_validation_counts_what_the_model_says(toy_base, data):
             logits = model.git(pixel_values=pixels, input_ids=tokens).logits[0, -len(words) - 1 : -1]
             losses.append(F.cross_entropy(logits, torch.tensor(words)).item())
     assert metrics["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    exact = {name: metrics[name] for name in ("exact_left_taught", "exact_speed_held_out", "exact_scene")}
+    names = ("exact_left_taught", "exact_speed_held_out", "exact_wish_taught", "exact_wish_held_out", "exact_scene")
+    exact = {name: metrics[name] for name in names}
     right = [
         model.ask(frame[None], question, told)[0] == answer.lower()
         for frame, row in samples
         for told, question, answer in stage2.all_texts(row)[1:]
     ]
-    assert [*exact.values()] == pytest.approx(np.array(right).reshape(10, 3).mean(0).tolist())
+    assert [*exact.values()] == pytest.approx(np.array(right).reshape(10, 5).mean(0).tolist())
 
 
 def test_summary_of_a_known_confusion():
-    """Rows: teacher's Coast, Accelerate, Turn left, Turn right, Brake; both turns begin with the same word."""
+    """Rows: teacher's Coast, Accelerate, Turn left, Turn right, Brake."""
     confusion = np.zeros((5, 6), dtype=np.int64)
     confusion[1, 1], confusion[1, 2], confusion[2, 2], confusion[2, 5], confusion[3, 2] = 45, 5, 20, 10, 20
-    metrics = stage2.summarize(confusion, np.array([7, 8, 9, 9, 6]))
-    expected = {
-        "exact_match": 65 / 100, "majority_share": 50 / 100, "first_token_entropy": np.log(2), "count_turn_left": 30,
-        "recall_accelerate": 45 / 50, "recall_turn_left": 20 / 30, "recall_turn_right": 0.0, "recall_brake": np.nan,
-        "macro_recall": (45 / 50 + 20 / 30) / 2,  # 20 frames of Turn right are too few
-    }  # fmt: skip
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    metrics = stage2.summarize(confusion)
+    recalls = {"coast": np.nan, "accelerate": 45 / 50, "turn_left": 20 / 30, "turn_right": 0, "brake": np.nan}
+    expected = {"exact_match": 65 / 100, "majority_share": 50 / 100}
+    expected |= {f"recall_{name}": recall for name, recall in recalls.items()}
+    assert metrics == pytest.approx(expected, nan_ok=True)
