@@ -5,6 +5,7 @@ import json
 import datasets
 import numpy as np
 import pytest
+from conftest import COLLECT, STAGE2, toy_script
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
@@ -49,6 +50,23 @@ def test_logs(pipeline):
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_to_answers", "explained_variance")
     assert all(np.isfinite(float(row[name])) for row in updates for name in names)
     assert [row["update"] + row["driver"] for row in evaluations] == ["0answers", "0policy", "3policy"]
+
+
+def test_an_adapter_learns_on_with_captions_of_drives_of_its_own(pipeline, tmp_path, script):
+    """Stage 1 lets it drive, stage 2 goes on with both datasets: it begins where it ended."""
+    driven = str(tmp_path / "driven")
+    toy_script(COLLECT, tmp_path, POLICY=str(pipeline.adapter), OUTPUT_DIR=driven).main()
+    inputs = dict(BASE_MODEL=str(pipeline.base), DATA_DIR=str(pipeline.data), MORE_DATA=(driven,))
+    toy_script(STAGE2, tmp_path, ADAPTER=str(pipeline.adapter), EPOCHS=1, **inputs).main()
+    before, (began, ended) = (read_log(x / "results" / "lora_log.csv") for x in (pipeline.root, tmp_path))
+    assert began["validation_loss"] == before[-1]["validation_loss"]
+    assert float(ended["average_loss"]) < float(before[1]["average_loss"])
+    made, hashes = (
+        read(tmp_path / "adapter" / "run.json"),
+        [file_hash(x / "train" / "metadata.jsonl") for x in (pipeline.data, tmp_path / "driven")],
+    )
+    assert made["inputs"]["data_hash"] == " ".join(hashes) and hashes[0] != hashes[1]
+    GitText2ActionWithPrompt.from_pretrained(tmp_path / "adapter")
 
 
 def test_logged_returns_are_the_tasks_own(pipeline):
