@@ -49,10 +49,7 @@ MIN_FRAMES = 1_000  # fewer training frames are the shipped sample, not a datase
 LORA_RANK = 32
 LORA_ALPHA = 64
 EPOCHS = 4
-PLAIN_TEXTS = 1  # per frame and epoch: the plain question
-TOLD_TEXTS = 2  # the question under the instruction that the driver had, and under others
-ASKED_TEXTS = 1  # questions about the scene
-WISHES = 0.5  # share of them that ask for the wish behind an instruction instead
+WISHES = 0.5  # share of the questions about the scene in whose place the wish behind an instruction is asked for
 REWORDED = 0.0  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
 LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
@@ -88,20 +85,24 @@ class Captions(torch.utils.data.Dataset):
 
 
 def draw_texts(row):
-    """The texts that one frame is read with in training, as (instruction, question, answer)."""
+    """The texts that one frame is read with in training, as (instruction, question, answer).
 
-    def some(items, count):
-        return [items[i] for i in torch.randperm(len(items))[:count].tolist()]
+    The plain question, the question under the instruction that the driver had and under another one, and a question about
+    the scene or about the instruction; as far as stage 1 gave the frame any.
+    """
+
+    def one_of(items):
+        return [items[torch.randint(len(items), ())]] if items else []
 
     def wording(reworded):
         return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < reworded else PROMPT
 
-    texts = [("", wording(REWORDED), row["text"]) for _ in range(PLAIN_TEXTS)]
-    in_force, dreamed = row["told"][:1], some(row["told"][1:], TOLD_TEXTS - 1)
-    texts += [(told["sentence"], wording(REWORDED / 2), told["text"]) for told in in_force + dreamed]
-    for asked in some(row["asked"], ASKED_TEXTS):
+    texts = [("", wording(REWORDED), row["text"])]
+    for told in row["told"][:1] + one_of(row["told"][1:]):
+        texts.append((told["sentence"], wording(REWORDED / 2), told["text"]))
+    for asked in one_of(row["asked"]):
         asks_for_wish = row["told"] and torch.rand(()) < WISHES
-        texts.append(wish_of(some(row["told"], 1)[0]) if asks_for_wish else ("", asked["question"], asked["text"]))
+        texts.append(wish_of(*one_of(row["told"])) if asks_for_wish else ("", asked["question"], asked["text"]))
     return texts
 
 
