@@ -66,9 +66,10 @@ EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
 WORDINGS = 3  # of each question
-WISHES = 64  # instructions per step of the last epoch, after which it is asked what is wanted; from the start, with all
-# the weight, they kept it from learning to read the speed (LOG.md)
-WISH_WEIGHT = 0.3  # of their loss beside that of the scene
+# instructions per step of the last epoch, after which it is asked what is wanted; from the start, and with all the weight,
+# they kept it from learning to read the speed (LOG.md)
+WISHES = 128
+WISH_WEIGHT = 0.5  # of their loss beside that of the scene
 VARIED = 0.5  # share of these that are said as somebody else might say them
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05

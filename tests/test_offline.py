@@ -21,7 +21,7 @@ def make(script, tmp_path):
     """`make(name, ...)` is the script at toy size that writes the folder `name`."""
 
     def edited(name, **constants):
-        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, EPOCHS=3, SAVE_EVERY=2)
+        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, EPOCHS=3, SAVE_EVERY=2)
         module = script("offline/make_git_tiny", OUTPUT_DIR=str(tmp_path / name), **TOY_SHAPE, **toy, **constants)
         module.STATE, module.collect = tmp_path / f"{name}.pt", collect
         return module
