@@ -1,6 +1,6 @@
 """Stage 1: a trained policy drives, and each frame it sees becomes an image with answers in words.
 
-Reads offline/teacher.safetensors (or a PPO policy of stage 3). Writes CarRacing-Data/, an imagefolder dataset: train/ and
+Reads offline/teacher.safetensors (or an adapter, or a PPO policy). Writes CarRacing-Data/, an imagefolder dataset: train/ and
 validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet, task.json and run.json.
 
     python collect_captions.py      # 1 to 3 minutes on two CPU cores: 42,000 frames
@@ -36,12 +36,12 @@ from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, 
 from instructions import RACE
 from perturbations import RandomBursts, Throws
 from support import cards, checks, processes, run_files
+from support.checkpoints import TASK_FILE
 from support.run_files import ROOT
 from teacher import TEACHER, PrivilegedState, load_teacher
 
-# who drives: "teacher", or what a model would say, an adapter of stage 2, or a PPO policy: "results/policy"
-POLICY = "teacher"
-ANSWER_BY = "teacher"  # who answers: "teacher" (with a PPO policy driving: DAgger), or "policy", the driver itself
+POLICY = "teacher"  # who drives: "teacher", a PPO policy's folder such as "results/policy", or an adapter's, whose answers drive
+ANSWER_BY = "teacher"  # who answers: "teacher" (with another one driving: DAgger), or "policy", the driver itself
 OUTPUT_DIR = "CarRacing-Data"
 
 TRAIN_FRAMES = 40_000
@@ -66,8 +66,8 @@ def load_drivers(policy):
     torch.set_num_threads(1)
     if policy == "teacher":
         return load_teacher(), None
-    is_policy = (ROOT / policy / "policy.json").exists()
-    load = GitText2ActionWithPrompt.from_policy if is_policy else GitText2ActionWithPrompt.from_pretrained
+    is_adapter = (ROOT / policy / TASK_FILE).exists()
+    load = GitText2ActionWithPrompt.from_pretrained if is_adapter else GitText2ActionWithPrompt.from_policy
     return load_teacher(), load(ROOT / policy)
 
 
@@ -120,10 +120,11 @@ def collect_episode(track_seed, settings, split="taught"):
         state = info["state"]
         plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
         if model:
-            answers = settings.answer_by == "policy" and kept
-            said = [driving.sentence, *(["", *(x.sentence for x in told)] if answers else [])]
-            action, *said = to_simulator(model(np.stack([frame] * len(said)), said)[0].argmax(1))
-            if answers:
+            told_model = [driving.sentence]
+            if kept and settings.answer_by == "policy":
+                told_model += ["", *(x.sentence for x in told)]
+            action, *said = to_simulator(model(np.stack([frame] * len(told_model)), told_model)[0].argmax(1))
+            if said:
                 plain, *dreamed = said
         if kept:
             number = round(base.t * FPS) - 1

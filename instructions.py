@@ -283,8 +283,8 @@ COMBINATIONS = {
 
 COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
-# how often a sentence that names the other side is said, relative to the others: said as often, neither "left" nor "right"
-# tells anything by itself, and LoRA learned neither (LOG.md)
+# how often a sentence that names the other side is said in training, relative to the others: said as often, neither "left"
+# nor "right" tells much by itself, and LoRA had not learned which is which (LOG.md)
 INDIRECT = 0.4
 SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # left out or added then
 SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
@@ -333,12 +333,21 @@ def names_other_side(name, sentence):
     return {"left": "right", "right": "left"}.get(name) in without_marks(sentence).split()
 
 
+@functools.cache
+def chances(name, split):
+    """How probable each phrasing of an instruction is, float64 (N,): even, but for INDIRECT in training."""
+    weights = [
+        INDIRECT if split == "taught" and names_other_side(name, sentence) else 1.0
+        for sentence in getattr(INSTRUCTIONS[name], split)
+    ]
+    return np.array(weights) / sum(weights)
+
+
 def phrase(name, rng, split="taught"):
     """One sentence that asks for the instruction `name`, two for a combination; `split` is "taught" or "held_out"."""
     if name in INSTRUCTIONS:
         phrasings = getattr(INSTRUCTIONS[name], split)
-        weights = np.array([INDIRECT if names_other_side(name, sentence) else 1.0 for sentence in phrasings])
-        return phrasings[rng.choice(len(phrasings), p=weights / weights.sum())]
+        return phrasings[rng.choice(len(phrasings), p=chances(name, split))]
     parts = [phrase(part, rng, split) for part in name.rsplit(" ", 1)]
     return " ".join(parts if rng.random() < 0.5 else parts[::-1])
 

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -130,15 +129,12 @@ class Collator:
     def __call__(self, samples):
         tokenizer = self.processor.tokenizer
         frames, rows = zip(*samples)
-        tokens, labels = [], []
+        texts = []
         for instruction, question, answer in (text for row in rows for text in self.choose(row)):
-            prompt = model_file.prompt_ids(tokenizer, instruction, question)
             ending = [*model_file.prompt_ids(tokenizer, "", answer)[1:], tokenizer.sep_token_id]  # no second [CLS]
-            tokens.append(torch.tensor(prompt + ending))
-            labels.append(torch.tensor([-100] * len(prompt) + ending))
+            texts.append((model_file.prompt_ids(tokenizer, instruction, question), ending))
         pixels = model_file.resize(np.stack(frames), self.processor.image_processor)
-        tokens = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)
-        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+        tokens, labels = git_forward.pad_texts(texts, tokenizer.pad_token_id)
         texts = {"input_ids": tokens, "labels": labels}
         return {"pixel_values": pixels} | {name: x.unflatten(0, (len(rows), -1)) for name, x in texts.items()}
 
@@ -163,7 +159,8 @@ class EpochReport(TrainerCallback):
         row = {"epoch": epoch, "average_loss": average_loss, **self.metrics, "seconds": time.time() - self.began}
         log = self.results / "lora_log.csv"
         run_files.Log(log, key="epoch", keep_until=epoch - 1).write(row)  # a resumed run repeats an epoch
-        told = [x for name, x in self.metrics.items() if name.endswith("_taught") and "wish" not in name] or [np.nan]
+        names = [f"exact_{kind}_taught" for kind in instructions.KINDS]
+        told = [self.metrics[name] for name in names if name in self.metrics] or [np.nan]
         tqdm.write(
             f"epoch {epoch}: average loss {average_loss:.4f}, validation {row['validation_loss']:.4f}, exact answers "
             f"{row['exact_match']:.1%} (the commonest one: {row['majority_share']:.1%}), under instructions "
@@ -222,11 +219,11 @@ def load_data():
         remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
         raise checks.BadInput(f"{DATA_DIR}/ has {len(train)} training frames, a sample: {remedy}")
     if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:  # each frame is read with as many texts
-        raise checks.BadInput(f"{DATA_DIR}/train holds frames of several settings: rerun collect_captions.py")
+        raise checks.BadInput(f"{DATA_DIR}/ and MORE_DATA hold frames of several settings: rerun collect_captions.py")
     told = {(x["instruction"], x["sentence"]) for row in train.rows for x in row["told"]}
     if held_out := sorted(sentence for name, sentence in told if instructions.is_held_out(name, sentence)):
         remedy = "which instructions.py holds out: rerun collect_captions.py"
-        raise checks.BadInput(f"{DATA_DIR}/train says {held_out[0]!r}, {remedy}")
+        raise checks.BadInput(f"{DATA_DIR}/ or MORE_DATA says {held_out[0]!r}, {remedy}")
     for folder in folders:
         task = checks.read_json(folder / checkpoints.TASK_FILE)
         checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
@@ -267,7 +264,9 @@ def save_adapter(folder, git, processor, facts, metrics, run):
     git.save_pretrained(partial)
     processor.save_pretrained(partial)
     run_files.write_json(partial / checkpoints.TASK_FILE, facts)
-    card = cards.adapter_card(facts | {"folder": OUTPUT_DIR, "data": DATA_DIR, "rank": LORA_RANK}, metrics)
+    card = cards.adapter_card(
+        facts | {"folder": OUTPUT_DIR, "data": DATA_DIR, "rank": git.peft_config["default"].r}, metrics
+    )
     (partial / "README.md").write_text(card)
     run_files.write_run(partial, run)
     run_files.replace_folder(partial, folder)
@@ -280,6 +279,13 @@ def main():
     train, validation = load_data()
     git, processor = checkpoints.load_base(BASE_MODEL)
     facts = model_file.task() | {"base_model": BASE_MODEL, "base_fingerprint": checkpoints.fingerprint(git)}
+    git = git_forward.train_by_this_pass(git, processor.image_processor)
+    if ADAPTER:
+        made_for = checks.read_json(ROOT / ADAPTER / checkpoints.TASK_FILE)
+        checks.check_same(f"{ADAPTER}/", made_for, facts, "put it back, or name another ADAPTER")
+        git = checkpoints.attach_adapter(git, ROOT / ADAPTER, trainable=True)
+    else:
+        git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
     metadata = [ROOT / folder / "train" / "metadata.jsonl" for folder in (DATA_DIR, *MORE_DATA)]
     data_hash = " ".join(map(run_files.file_hash, metadata))
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
@@ -292,11 +298,6 @@ def main():
     elif rank == 0:
         run_files.clear(checkpoint_dir, script, results, output)
         run_files.write_run(checkpoint_dir, run)
-    git = git_forward.train_by_this_pass(git, processor.image_processor)
-    if ADAPTER:
-        git = PeftModel.from_pretrained(git, ROOT / ADAPTER, is_trainable=True)
-    else:
-        git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
     if rank == 0:
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"

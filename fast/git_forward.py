@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import GELUActivation, QuickGELUActivation
 
 # On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on AMD.
@@ -228,6 +229,13 @@ def read_texts(w, pixels, tokens):
     text = embed(w, tokens.flatten(0, 1))
     mask = prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
     return linear(decode(w, text, mask, cache)[0], *w.lm_head).unflatten(0, tokens.shape[:2])
+
+
+def pad_texts(texts, padding_value):
+    """Token ids and labels int64 (N, T) of N texts, pairs (prompt, ending) of lists of ids; labels are -100 but on the ending."""
+    tokens = [torch.tensor(prompt + ending) for prompt, ending in texts]
+    labels = [torch.tensor([-100] * len(prompt) + ending) for prompt, ending in texts]
+    return pad_sequence(tokens, True, padding_value), pad_sequence(labels, True, -100)
 
 
 def text_loss(logits, labels):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
@@ -66,8 +65,8 @@ EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
 WORDINGS = 3  # of each question
-# instructions per step of the last epoch, after which it is asked what is wanted; from the start, and with all the weight,
-# they kept it from learning to read the speed (LOG.md)
+# instructions per step of the last epoch, after which it is asked what is wanted: the one run with them from the start, with
+# all the weight, did not learn to read the speed (LOG.md)
 WISHES = 128
 WISH_WEIGHT = 0.5  # of their loss beside that of the scene
 VARIED = 0.5  # share of these that are said as somebody else might say them
@@ -194,16 +193,7 @@ class Texts:
             for frame, qs, ws in zip(frames.tolist(), asked.tolist(), wordings.tolist())
             for q, w in zip(qs, ws)
         ]
-        return [x.view(*asked.shape, -1) for x in pad(rows, self.pad)]
-
-
-def pad(rows, padding_value):
-    """Token ids and labels int64 (N, T) of N pairs of prompt and ending; labels are -100 on all but the ending."""
-    tokens = [torch.tensor(prompt + ending) for prompt, ending in rows]
-    labels = [torch.tensor([-100] * len(prompt) + ending) for prompt, ending in rows]
-    return [
-        pad_sequence(x, batch_first=True, padding_value=value) for x, value in ((tokens, padding_value), (labels, -100))
-    ]
+        return [x.view(*asked.shape, -1) for x in git_forward.pad_texts(rows, self.pad)]
 
 
 def wishes(tokenizer, told):
@@ -213,7 +203,7 @@ def wishes(tokenizer, told):
         ending = tokenizer(instructions.wish(x.name), add_special_tokens=False).input_ids
         prompt = model_file.prompt_ids(tokenizer, x.sentence, instructions.WISH_QUESTION)
         rows.append((prompt, [*ending, tokenizer.sep_token_id]))
-    return pad(rows, tokenizer.pad_token_id)
+    return git_forward.pad_texts(rows, tokenizer.pad_token_id)
 
 
 def answer(model, frames, tokens):

@@ -57,6 +57,22 @@ def load_base(base_model):
     return git, processor
 
 
+def attach_adapter(git, adapter, trainable=False):
+    """`git` with the weights of an adapter folder on it, a `PeftModel`; BadInput if they are damaged or do not fit."""
+    weights = read_weights(adapter / "adapter_model.safetensors")  # PEFT would look for a pickle instead
+    try:
+        git = PeftModel.from_pretrained(git, adapter, is_trainable=trainable)
+        wrong = weights.keys() ^ get_peft_model_state_dict(git, save_embedding_layers=False).keys()
+        if wrong:
+            raise ValueError(f"{min(wrong)} is in one of adapter_config.json and adapter_model.safetensors only")
+    except Exception as error:  # of many kinds, after what is damaged
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise BadInput(
+            f"{adapter}/adapter_config.json is damaged or does not fit ({reason}): rerun train_git_lora_carllava_style.py"
+        ) from None
+    return git
+
+
 def load_with_adapter(adapter, task):
     """The base that an adapter folder names with the adapter merged into it, the processor, and the base's name.
 
@@ -69,18 +85,7 @@ def load_with_adapter(adapter, task):
     remedy = "restore that base, or rerun train_git_lora_carllava_style.py"
     git, processor = load_base(facts.get("base_model", ""))
     check_same(f"{adapter}/", facts, {"base_fingerprint": fingerprint(git)}, remedy)
-    weights = read_weights(adapter / "adapter_model.safetensors")  # PEFT would look for a pickle instead
-    try:
-        git = PeftModel.from_pretrained(git, adapter)
-        wrong = weights.keys() ^ get_peft_model_state_dict(git, save_embedding_layers=False).keys()
-        if wrong:
-            raise ValueError(f"{min(wrong)} is in one of adapter_config.json and adapter_model.safetensors only")
-    except Exception as error:  # of many kinds, after what is damaged
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise BadInput(
-            f"{adapter}/adapter_config.json is damaged or does not fit ({reason}): rerun train_git_lora_carllava_style.py"
-        ) from None
-    return git.merge_and_unload(), processor, facts["base_model"]
+    return attach_adapter(git, adapter).merge_and_unload(), processor, facts["base_model"]
 
 
 def load_git(name, task):

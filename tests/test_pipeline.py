@@ -10,6 +10,7 @@ from conftest import COLLECT, STAGE2, toy_script
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
+from support.checks import BadInput
 from support.run_files import ROOT, file_hash, read_log
 from teacher import TEACHER
 
@@ -67,6 +68,13 @@ def test_an_adapter_learns_on_with_captions_of_drives_of_its_own(pipeline, tmp_p
     )
     assert made["inputs"]["data_hash"] == " ".join(hashes) and hashes[0] != hashes[1]
     GitText2ActionWithPrompt.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_loss_that_is_not_finite_is_neither_saved_nor_resumed_from(pipeline, tmp_path, script):
+    inputs = dict(BASE_MODEL=str(pipeline.base), DATA_DIR=str(pipeline.data))
+    with pytest.raises(BadInput, match="LEARNING_RATE"):
+        toy_script(STAGE2, tmp_path, LEARNING_RATE=1e30, **inputs).main()
+    assert not list(tmp_path.rglob("*.safetensors")) and len(read_log(tmp_path / "results" / "lora_log.csv")) == 1
 
 
 def test_logged_returns_are_the_tasks_own(pipeline):
