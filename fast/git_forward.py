@@ -243,14 +243,15 @@ def text_loss(logits, labels):
 
     A short answer counts as much as a long sentence.
     """
-    logits, labels = logits[..., :-1, :].float(), labels[..., 1:]
+    logits, labels = logits[..., :-1, :].float(), labels[..., 1:].to(logits.device)
     losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-100, reduction="none")
     return (losses.view(labels.shape).sum(-1) / (labels != -100).sum(-1)).mean()
 
 
 def exactly_right(logits, labels):
     """Whether greedy generation would say each text's labels and stop: bool (B, Q)."""
-    return ((logits[..., :-1, :].argmax(-1) == labels[..., 1:]) | (labels[..., 1:] == -100)).all(-1)
+    labels = labels[..., 1:].to(logits.device)
+    return ((logits[..., :-1, :].argmax(-1) == labels) | (labels == -100)).all(-1)
 
 
 def train_by_this_pass(git, image_processor):

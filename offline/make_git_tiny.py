@@ -209,7 +209,7 @@ def wishes(tokenizer, told):
 def answer(model, frames, tokens):
     """Logits (B, Q, T, vocabulary) of texts (B, Q, T) on frames uint8 (B, 96, 96, 3), with gradients for all weights."""
     weights = git_forward.collect(model.git, model.processor.image_processor)
-    return git_forward.read_texts(weights, model.pixels(frames), tokens)
+    return git_forward.read_texts(weights, model.pixels(frames), tokens.to(model.device))
 
 
 def batches(num_frames, first_step):
@@ -301,7 +301,7 @@ def main():
     processor = make_processor(answers)
     train = torch.from_numpy(frames), Texts(processor.tokenizer, answers)
     validation = torch.from_numpy(validation_frames), Texts(processor.tokenizer, validation_answers)
-    model = GitText2ActionWithPrompt(make_model(processor.tokenizer), processor)
+    model = GitText2ActionWithPrompt(make_model(processor.tokenizer).to(model_file.device()), processor)
     print(f"{sum(p.numel() for p in model.git.parameters()):,} parameters, {len(processor.tokenizer)} words")
     optimizer = torch.optim.AdamW(model.git.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(frames) // BATCH_SIZE)
