@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import questions
+
 SIDE = 3.2  # units from the middle of the road; its edges are at 6.7
 TARGET_SIZE = 5
 
@@ -289,7 +291,10 @@ INDIRECT = 0.4
 SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # left out or added then
 SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
 
-WISH_QUESTION = "What do I want?"  # asked after an instruction, about the words alone; `wish` answers it
+# asked after an instruction: about the words alone, `wish` answers it; about the words and the picture, `fit` answers it
+WISH_QUESTION = "What do I want?"
+FIT_QUESTION = "Is it as I want it?"
+FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units, as seen, from which on it is not
 
 # the plain question in other words
 WORDINGS = sentences("""
@@ -419,6 +424,18 @@ def wish(name):
     if name in ("chatter", "garbled"):
         return "Nothing."
     return " ".join(INSTRUCTIONS[part].taught[0] for part in ([name] if name in INSTRUCTIONS else name.rsplit(" ", 1)))
+
+
+def fit(target, speed, offset):
+    """The answer to FIT_QUESTION under a target, from `speed` and `offset` in the steps in which questions.py tells them."""
+    said = []
+    offset = questions.OFFSET_PACE * round(offset / questions.OFFSET_PACE)
+    speed = max(questions.SPEED_STEP * round(speed / questions.SPEED_STEP), 0)
+    if target.side is not None and abs(offset - target.side) > FIT_SIDE:
+        said.append(f"The car is too far {'right' if offset > target.side else 'left'}.")
+    if target.speed is not None and abs(speed - target.speed) > FIT_SPEED:
+        said.append(f"The car is too {'fast' if speed > target.speed else 'slow'}.")
+    return " ".join(said) or "Yes."
 
 
 def taught_sentences():

@@ -7,6 +7,8 @@ by them (offline/make_git_tiny.py), and stage 2 keeps them.
 import numpy as np
 from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
 
+SPEED_STEP = 5  # units per second in which the speed is told
+OFFSET_PACE = 0.75  # units: a pace from the middle of the road
 WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
@@ -98,7 +100,7 @@ def describe(state, road):
         points_to = f"{fives(heading)} degrees to the {side}" if fives(heading) != "zero" else "along the road"
     return {
         "speed": f"The car {manner}.",
-        "offset": f"The car is {paces(offset, 0.75, 'the middle', 'in the middle')}.",
+        "offset": f"The car is {paces(offset, OFFSET_PACE, 'the middle', 'in the middle')}.",
         "heading": f"The car points {points_to}.",
         "turning": f"The car turns {graded(-state[2] * 3, *TURNS) or 'nowhere'}.",
         "sliding": f"The car slides {graded(state[1] * 20, *SLIDES) or 'nowhere'}.",

@@ -3,8 +3,8 @@
 Reads offline/teacher.safetensors, which drives, under changing targets and thrown about, through the frames it learns from.
 Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.json. Each frame comes with several questions
 about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Beside them it learns
-to say in the simplest words what somebody wants, by the taught phrasings of instructions.py: a model that has read a book
-knows that left is not right. What to do for it, it does not know.
+to say in the simplest words what somebody wants, by the taught phrasings of instructions.py, and whether that is how the car
+drives: a model that has read a book knows that left is not right. What to do about it, it does not know.
 
     python -m offline.make_git_tiny      # 20 minutes on two fast CPU cores, an hour on slow ones; the shipped one: git checkout offline/git-tiny
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
 from tqdm import tqdm
 from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
@@ -28,7 +29,7 @@ import instructions
 import questions
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
-from instructions import draw_target
+from instructions import Target, draw_target
 from perturbations import RandomBursts, Throws
 from questions import describe
 from support import cards, checks, processes, run_files
@@ -65,10 +66,11 @@ EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
 WORDINGS = 3  # of each question
-# instructions per step of the last epoch, after which it is asked what is wanted: the one run with them from the start, with
-# all the weight, did not learn to read the speed (LOG.md)
+# instructions per step of the last epoch, after which it is asked what is wanted, and others, after which it is asked whether
+# it is so: the one run with them from the start, with all the weight, did not learn to read the speed (LOG.md)
 WISHES = 128
-WISH_WEIGHT = 0.5  # of their loss beside that of the scene
+FITS = 256
+WISH_WEIGHT = 0.5  # of the loss of either beside that of the scene
 VARIED = 0.5  # share of these that are said as somebody else might say them
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
@@ -84,13 +86,13 @@ def load_driver():
 
 
 def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, told_share, change):
-    """One episode: frames uint8 (n, 96, 96, 3) and a dict of answers for each."""
+    """One episode: frames uint8 (n, 96, 96, 3), a dict of answers for each, and its speed and offset."""
     teacher, rng = load_driver(), np.random.default_rng(track_seed)
     env = Throws(car_racing_env.make_env(draw=False), thrown, thrown)
     env = car_racing_env.Instructed(env, functools.partial(draw_target, share=told_share), change)
     env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
     _, info = env.reset(seed=track_seed)
-    frames, answers, end, stuck = [], [], "", 0
+    frames, answers, motion, end, stuck = [], [], [], "", 0
     while not end and stuck < stuck_limit:
         target = env.get_wrapper_attr("told").target
         _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
@@ -99,12 +101,13 @@ def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, tol
         if rng.random() < keep:
             frames.append(env.unwrapped.draw())
             answers.append(describe(info["state"], env.get_wrapper_attr("road")))
-    return np.stack(frames or [env.unwrapped.draw()])[: len(answers)], answers
+            motion.append((info["state"][0] * 50, info["state"][12] * TRACK_WIDTH))
+    return np.stack(frames or [env.unwrapped.draw()])[: len(answers)], answers, motion
 
 
 def collect(tracks, num_frames):
-    """The first `num_frames` frames of `tracks`, uint8 (N, 96, 96, 3), and a dict of answers for each."""
-    frames, answers = [], []
+    """The first `num_frames` frames of `tracks`, uint8 (N, 96, 96, 3), a dict of answers for each, its speed and offset."""
+    frames, answers, motion = [], [], []
     job = functools.partial(
         drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT, thrown=THROWN,
         told_share=TOLD_SHARE, change=CHANGE,
@@ -113,13 +116,14 @@ def collect(tracks, num_frames):
         processes.workers(NUM_WORKERS) as run_jobs,
         tqdm(total=num_frames, unit="frame", mininterval=5) as bar,
     ):
-        for new_frames, new_answers in run_jobs(job, tracks):
+        for new_frames, new_answers, new_motion in run_jobs(job, tracks):
             frames.append(new_frames)
             answers.extend(new_answers)
+            motion.extend(new_motion)
             bar.update(len(new_answers))
             if len(answers) >= num_frames:
                 break
-    return np.concatenate(frames)[:num_frames], answers[:num_frames]
+    return np.concatenate(frames)[:num_frames], answers[:num_frames], motion[:num_frames]
 
 
 def words_of(texts):
@@ -136,7 +140,8 @@ def make_processor(answers=()):
     texts += {answer for row in answers for answer in row.values()}
     texts += [questions.number(n) for n in range(101)]
     texts += sorted(instructions.taught_sentences() | instructions.held_out_sentences()) + [PROMPT, *ANSWERS]
-    texts += [instructions.WISH_QUESTION, instructions.wish("garbled")]
+    texts += [instructions.WISH_QUESTION, instructions.wish("garbled"), instructions.FIT_QUESTION]
+    texts += [instructions.fit(Target(30.0, 0.0), speed, side) for speed, side in ((0, -9), (99, 9), (30, 0))]
     letters = string.ascii_lowercase + string.digits
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *letters]
     vocabulary += [f"##{letter}" for letter in letters]
@@ -196,14 +201,25 @@ class Texts:
         return [x.view(*asked.shape, -1) for x in git_forward.pad_texts(rows, self.pad)]
 
 
-def wishes(tokenizer, told):
-    """Token ids and labels int64 (N, T) of N instructions, as `instructions.draw` returns them, and the wish behind each."""
+def told_texts(tokenizer, question, told, answers):
+    """Token ids and labels int64 (N, T) of a question after each of N instructions, as `instructions.draw` returns them."""
     rows = []
-    for x in told:
-        ending = tokenizer(instructions.wish(x.name), add_special_tokens=False).input_ids
-        prompt = model_file.prompt_ids(tokenizer, x.sentence, instructions.WISH_QUESTION)
+    for x, text in zip(told, answers, strict=True):
+        ending = tokenizer(text, add_special_tokens=False).input_ids
+        prompt = model_file.prompt_ids(tokenizer, x.sentence, question)
         rows.append((prompt, [*ending, tokenizer.sep_token_id]))
     return git_forward.pad_texts(rows, tokenizer.pad_token_id)
+
+
+def wishes(tokenizer, told):
+    """Token ids and labels int64 (N, T): what is wanted by each of N instructions."""
+    return told_texts(tokenizer, instructions.WISH_QUESTION, told, [instructions.wish(x.name) for x in told])
+
+
+def fits(tokenizer, told, motion):
+    """Token ids and labels int64 (N, T): whether speed and offset, `motion` (N, 2), are as each of N instructions wants them."""
+    answers = [instructions.fit(x.target, *moves) for x, moves in zip(told, motion, strict=True)]
+    return told_texts(tokenizer, instructions.FIT_QUESTION, told, answers)
 
 
 def answer(model, frames, tokens):
@@ -221,18 +237,22 @@ def batches(num_frames, first_step):
         yield step, order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
 
 
-def train_step(model, optimizer, schedule, frames, texts, rows, told):
+def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     """One step on the frames `rows`; returns the loss.
 
-    With QUESTIONS_PER_FRAME of the questions of each in any wording, and the instructions `told`, as many before each frame.
+    With QUESTIONS_PER_FRAME of the questions of each in any wording; of the instructions `told`, as many before each frame, the
+    first FITS are asked whether it is so, the others what is wanted.
     """
     asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
     tokens, labels = texts(rows, asked, torch.randint(WORDINGS, asked.shape))
     loss = git_forward.text_loss(answer(model, frames[rows], tokens), labels)
     if told:
-        tokens, labels = (x.unflatten(0, (-1, QUESTIONS_PER_FRAME)) for x in wishes(model.processor.tokenizer, told))
-        wish_loss = git_forward.text_loss(answer(model, frames[rows[: len(tokens)]], tokens), labels)
-        loss = loss + WISH_WEIGHT * wish_loss
+        moves = motion[rows[: FITS // QUESTIONS_PER_FRAME]].repeat(QUESTIONS_PER_FRAME, 0)
+        tokenizer = model.processor.tokenizer
+        for said in (wishes(tokenizer, told[FITS:]), fits(tokenizer, told[:FITS], moves)):
+            tokens, labels = (x.unflatten(0, (-1, QUESTIONS_PER_FRAME)) for x in said)
+            logits = answer(model, frames[rows[: len(tokens)]], tokens)
+            loss = loss + WISH_WEIGHT * git_forward.text_loss(logits, labels)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.git.parameters(), MAX_GRAD_NORM)
@@ -242,8 +262,8 @@ def train_step(model, optimizer, schedule, frames, texts, rows, told):
 
 
 @torch.no_grad()
-def evaluate(model, frames, texts):
-    """Share of wholly right answers per question and to WISH_QUESTION, and the mean loss, on held-out tracks."""
+def evaluate(model, frames, texts, motion):
+    """Share of wholly right answers per question, to WISH_QUESTION and FIT_QUESTION, and the mean loss, on held-out tracks."""
     right, losses = [], []
     for rows in torch.arange(len(frames)).split(BATCH_SIZE):
         asked = torch.arange(len(texts.keys)).expand(len(rows), -1)
@@ -252,13 +272,13 @@ def evaluate(model, frames, texts):
         losses.append(git_forward.text_loss(logits, labels).item())
         right.append(git_forward.exactly_right(logits, labels))
     shares = dict(zip(texts.keys, torch.cat(right).float().mean(0).tolist()))
-    for split, name in (("taught", "wish, taught phrasings"), ("held_out", "wish, phrasings never taught")):
-        rng = np.random.default_rng(0)
-        tokens, labels = wishes(
-            model.processor.tokenizer, [instructions.draw(rng, split) for _ in range(BATCH_SIZE * 4)]
-        )
-        logits = answer(model, frames[:1], tokens[None])
-        shares[name] = git_forward.exactly_right(logits, labels[None]).float().mean().item()
+    for split, phrasings in (("taught", "taught phrasings"), ("held_out", "phrasings never taught")):
+        rng, moves = np.random.default_rng(0), motion[:BATCH_SIZE].repeat(QUESTIONS_PER_FRAME, 0)
+        told, tokenizer = [instructions.draw(rng, split) for _ in moves], model.processor.tokenizer
+        for name, said in (("wish", wishes(tokenizer, told)), ("fit", fits(tokenizer, told, moves))):
+            tokens, labels = (x.unflatten(0, (-1, QUESTIONS_PER_FRAME)) for x in said)
+            right = git_forward.exactly_right(answer(model, frames[: len(tokens)], tokens), labels)
+            shares[f"{name}, {phrasings}"] = right.float().mean().item()
     return {key: round(share, 3) for key, share in shares.items()}, float(np.mean(losses))
 
 
@@ -275,7 +295,7 @@ def save(model, run, loss, validation_loss, accuracy):
         "shape": f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE}, width {WIDTH}, {VISION_LAYERS} vision and "
         f"{TEXT_LAYERS} text layers, a WordPiece vocabulary of its own",
         "made": f"seed {SEED}, {TRAIN_FRAMES:,} frames of tracks from {TRAIN_TRACKS[0]:,}, {EPOCHS} epochs, "
-        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} instructions per step of the last epoch",
+        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wishes and {FITS} comparisons with them per step of the last epoch",
         "loss": loss,
         "validation_loss": validation_loss,
     }
@@ -296,11 +316,12 @@ def main():
         f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, about an hour on two slow CPU cores (estimated) with the default constants; replaces "
         f"{OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
-    frames, answers = collect(TRAIN_TRACKS, TRAIN_FRAMES)
-    validation_frames, validation_answers = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)
+    frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)
+    validation_frames, validation_answers, validation_motion = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)
     processor = make_processor(answers)
-    train = torch.from_numpy(frames), Texts(processor.tokenizer, answers)
-    validation = torch.from_numpy(validation_frames), Texts(processor.tokenizer, validation_answers)
+    train = torch.from_numpy(frames), Texts(processor.tokenizer, answers), np.array(motion)
+    validation_texts = Texts(processor.tokenizer, validation_answers)
+    validation = torch.from_numpy(validation_frames), validation_texts, np.array(validation_motion)
     model = GitText2ActionWithPrompt(make_model(processor.tokenizer).to(model_file.device()), processor)
     print(f"{sum(p.numel() for p in model.git.parameters()):,} parameters, {len(processor.tokenizer)} words")
     optimizer = torch.optim.AdamW(model.git.parameters(), weight_decay=WEIGHT_DECAY)
@@ -315,7 +336,7 @@ def main():
         torch.set_rng_state(state["rng"])
     for step, rows in (bar := tqdm(batches(len(frames), first), initial=first, total=steps, mininterval=10)):
         rng, last_epoch = np.random.default_rng([SEED, step]), step >= steps - steps // EPOCHS
-        told = [instructions.draw(rng, varied_share=VARIED) for _ in range(WISHES if last_epoch else 0)]
+        told = [instructions.draw(rng, varied_share=VARIED) for _ in range(WISHES + FITS if last_epoch else 0)]
         losses.append(train_step(model, optimizer, schedule, *train, rows, told))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if (step + 1) % SAVE_EVERY == 0:

@@ -172,7 +172,8 @@ BASE = """
 
 A GIT (image encoder + text decoder) of {parameters:,} parameters and {words} words for Gymnasium's CarRacing: {shape}.
 It answers questions about the scene, which were answered from the simulator's state while training, and says in the simplest words
-what an instruction wants ("The right lane is closed. What do I want?": "Keep left."); it was never shown an action.
+what an instruction wants ("The right lane is closed. What do I want?": "Keep left.") and whether it is so ("Keep left. Is it as
+I want it?": "The car is too far right."); it was never shown an action.
 
 Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy of the answers, per token, {loss:.3f}, on frames of other
 tracks {validation_loss:.3f}. Wholly right answers there:
@@ -184,9 +185,10 @@ tracks {validation_loss:.3f}. Wholly right answers there:
 
 
 def base_card(facts, accuracy):
-    """The card of git-tiny; `accuracy` is the share of right answers by question."""
+    """The card of git-tiny; `accuracy` is the share of right answers by question, those after an instruction with a comma."""
+    scene = [share for question, share in accuracy.items() if "," not in question]
     rows = "\n".join(f"| {question} | {share:.1%} |" for question, share in accuracy.items())
     return model_card(
-        BASE.format(**facts, rows=rows), {"exact_match": round(sum(accuracy.values()) / len(accuracy), 4)},
+        BASE.format(**facts, rows=rows), {"exact_match": round(sum(scene) / len(scene), 4)},
         name="git-tiny", library_name="transformers", pipeline_tag="image-text-to-text",
     )  # fmt: skip

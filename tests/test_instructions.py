@@ -86,6 +86,19 @@ def test_the_wish_is_the_simplest_phrasing():
     ]  # fmt: skip
 
 
+def test_it_fits_if_speed_and_offset_are_told_as_wanted():
+    slow_left = Target(20.0, -SIDE)
+    for speed, offset, answer in (
+        (20, -3, "Yes."),
+        (22, -4.1, "Yes."),
+        (23, -2.2, "The car is too fast."),
+        (17, -1.8, "The car is too far right. The car is too slow."),
+        (-9, -6, "The car is too far left. The car is too slow."),
+    ):
+        assert instructions.fit(slow_left, speed, offset) == answer, (speed, offset)
+    assert instructions.fit(RACE, 80, 9) == "Yes." and instructions.fit(Target(speed=0.0), -9, 9) == "Yes."
+
+
 def test_targets_measure_speed_and_side():
     slow_left = instructions.target("slow left")
     assert slow_left == Target(20.0, -SIDE)

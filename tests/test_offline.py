@@ -11,9 +11,10 @@ from support.checks import read_json, read_weights
 
 
 def collect(tracks, num_frames):
-    """Frames of noise with answers about random scenes."""
+    """Frames of noise with answers about random scenes, and their speeds and offsets."""
     frames = np.random.default_rng(tracks[0]).integers(0, 256, (num_frames, 96, 96, 3), dtype=np.uint8)
-    return frames, [describe(*scene_of(seed)) for seed in range(num_frames)]
+    scenes = [scene_of(seed) for seed in range(num_frames)]
+    return frames, [describe(*scene) for scene in scenes], [(state[0] * 50, state[12] * 6) for state, _ in scenes]
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def make(script, tmp_path):
     """`make(name, ...)` is the script at toy size that writes the folder `name`."""
 
     def edited(name, **constants):
-        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, EPOCHS=3, SAVE_EVERY=2)
+        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, FITS=16, EPOCHS=3, SAVE_EVERY=2)
         module = script("offline/make_git_tiny", OUTPUT_DIR=str(tmp_path / name), **TOY_SHAPE, **toy, **constants)
         module.STATE, module.collect = tmp_path / f"{name}.pt", collect
         return module
