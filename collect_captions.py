@@ -44,18 +44,18 @@ POLICY = "teacher"  # who drives: "teacher", a PPO policy's folder such as "resu
 ANSWER_BY = "teacher"  # who answers: "teacher" (with another one driving: DAgger), or "policy", the driver itself
 OUTPUT_DIR = "CarRacing-Data"
 
-TRAIN_FRAMES = 40_000
+TRAIN_FRAMES = 45_000
 VALIDATION_FRAMES = 2_000
 VALIDATION_TRACKS = range(100_000, 100_100)
 KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
-BURST_START = 0.04  # chance per decision that random actions take over, so that recoveries are in the data
+BURST_START = 0.025  # chance per decision that random actions take over, so that recoveries are in the data
 BURST_LONGEST = 7  # decisions
-THROWN = 0.0  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
-TOLD_SHARE = 0.0  # of the time the driver follows an instruction
+THROWN = 0.006  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
+TOLD_SHARE = 0.45  # of the time the driver follows an instruction
 CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
-DREAMED = 0  # instructions under which each frame is labelled
+DREAMED = 4  # instructions under which each frame is labelled
 VARIED = 0.5  # share of these in the training split that are said as somebody else might say them
-ASKED = 0  # questions about the scene that each frame carries
+ASKED = 2  # questions about the scene that each frame carries
 STUCK_LIMIT = 150  # frames below walking pace, though not told to stand, after which an episode is dropped
 NUM_WORKERS = 2  # processes
 
