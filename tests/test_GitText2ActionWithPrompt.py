@@ -49,17 +49,17 @@ def run(weights, pixels, rows=None):
 @pytest.mark.parametrize("onednn", [False, ONEDNN])
 @torch.no_grad()
 def test_the_pass_is_hugging_faces(onednn, random_model, frames):
-    """All rows, and some of each image's alone."""
+    """All rows, and some of each image's alone; up to float32's rounding, which differs between processors by some 2e-5."""
     git, processor = random_model.git, random_model.processor.image_processor
     output = git(**inputs(random_model, frames) | {"input_ids": TOKENS}, output_hidden_states=True)
     weights, pixels = git_forward.prepare(git, processor, onednn=onednn), resize(frames, processor)
     assert weights.lm_head[0].is_mkldnn == onednn
     states, logits = run(weights, pixels)
-    assert torch.allclose(states, output.hidden_states[-1], atol=1e-5)
-    assert torch.allclose(logits, output.logits[:, -7:], atol=1e-5)
+    assert torch.allclose(states, output.hidden_states[-1], atol=1e-4)
+    assert torch.allclose(logits, output.logits[:, -7:], atol=1e-4)
     rows = torch.tensor([[3, 20], [17, 18], [23, 0]])
     chosen = torch.stack([states[i, row] for i, row in enumerate(rows)])
-    assert torch.allclose(run(weights, pixels, rows)[0], chosen, atol=1e-5)
+    assert torch.allclose(run(weights, pixels, rows)[0], chosen, atol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])
