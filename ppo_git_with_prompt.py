@@ -199,13 +199,6 @@ def rollout(envs, obs, model, num_steps):
     return obs, data, episodes, obedience
 
 
-def obeyed_shares(obedience):
-    """Share of all decisions, from the first on, in which what was told was the case; nan for what was not told."""
-    kinds = [kind for kind in instructions.KINDS if kind not in ("race", "chatter", "garbled")]  # nothing to obey
-    obeyed = {kind: [x for k, x in obedience if k == kind] or [np.nan] for kind in kinds}
-    return {f"obeyed_{kind}": float(np.mean(x)) for kind, x in obeyed.items()}
-
-
 def normalize_rewards(normalizer, reward, done, accelerator):
     """Rewards (T, N) of this process through the `ReturnNormalizer` that all processes' environments share."""
     union = accelerator.gather(torch.stack([reward, done]).permute(2, 0, 1)).cpu()  # (processes * N, 2, T)
@@ -322,7 +315,7 @@ def train(
             "seconds": seconds,
         }
         if obedience := gather_object(obedience):
-            diagnostics |= obeyed_shares(obedience)
+            diagnostics |= instructions.obeyed_shares(obedience)
         yield number, gather_object(episodes), diagnostics, saved_state(number)
 
 
