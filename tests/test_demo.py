@@ -19,6 +19,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 
+PICTURES = None  # a folder, ROOT / "results/published" for the ones in README and docs/, that keeps the test's screenshots
+
+
 def wait_for(condition, seconds=10):
     """The first true value of `condition`."""
     until = time.monotonic() + seconds
@@ -192,7 +195,8 @@ def test_the_page(browser, tmp_path):
         assert "hurt" not in page.title() and "script" in page.inner_text("#unknown")
         page.click("text=Keep left.")
         wait_for(lambda: page.inner_text("#told") == "Keep left.")
-        page.screenshot(path=tmp_path / "drive.png")
+        wait_for(lambda: page.inner_text("#told") == "Keep left." and speed() > 35)
+        page.screenshot(path=(PICTURES or tmp_path) / "page_drive.png")
         page.fill("#track", "100003"), page.keyboard.press("Enter")
         page.click("text=Drive against it")
         wait_for(lambda: len(page.query_selector_all(".drive")) == 2 and speed() < 1)
@@ -205,3 +209,19 @@ def test_the_page(browser, tmp_path):
         page.close(), other.close()
         wait_for(lambda: not sessions, 5)
         assert not errors
+
+
+def test_two_drivers_side_by_side(browser, tmp_path):
+    """The answers alone lose the road, the policy drives on: each sees its own pictures."""
+    model = GitText2ActionWithPrompt.from_policy(ROOT / "results/published/policy")
+    with serving(model, TRACK=TRACK) as (address, _):
+        page = browser.new_page(viewport={"width": 1180, "height": 860})
+        page.goto(address)
+        page.click("#compare")
+        wait_for(lambda: len(page.query_selector_all(".drive")) == 2)
+
+        def laps():
+            return [float(x.rstrip(" %")) for x in page.locator(".lap").all_inner_texts()]
+
+        wait_for(lambda: laps()[1] > laps()[0] + 3, 60)
+        page.screenshot(path=(PICTURES or tmp_path) / "page_compare.png")
