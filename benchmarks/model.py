@@ -157,6 +157,11 @@ def compare_tiny():
         frames = load_frames(batch)
         compare_forward(f"policy forward, git-tiny, batch {batch}", git.eval(), model, frames, 80 // batch)
         compare_answer(f"answer, git-tiny, batch {batch}, vs generate", git.eval(), model, frames, 80 // batch)
+        told = repeat(80 // batch, frames, model, frames, "Please keep to the left.")
+        plain = repeat(80 // batch, frames, model, frames)
+        compare.alternate(
+            f"policy forward, git-tiny, batch {batch}: plain vs under an instruction", "frame", told, plain
+        )
 
 
 @torch.no_grad()

@@ -19,14 +19,14 @@ from support import checks, plots
 from support.run_files import ROOT
 
 PUBLISHED = ROOT / "results" / "published"
-TRACK = 100_099  # a validation track where the answers alone spin round at 10 seconds and PPO's policy finishes its lap
+TRACK = 100_066  # a validation track where the answers alone spin round at 9 seconds and the policy finishes its lap
 FROM_SECOND = 6  # of the episode; the pictures end with the lap
 PANEL_WIDTH = 350  # pixels
 EVERY = 2  # decisions per picture
 HOLD = 2000  # milliseconds for which the last picture stays
 COLORS = 128  # one palette for all pictures, so that colours do not flicker
 TOLD = ("", "Drive slowly.", "Keep to the left.", "The left lane is closed.", "Stop.")  # of one frame
-TOLD_AT = 70  # decision of the plain drive over TOLD_TRACK
+TOLD_AT = 62  # decision of the plain drive over TOLD_TRACK
 TOLD_TRACK = 100_000
 
 
