@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 
-PICTURES = None  # a folder, ROOT / "results/published" for the ones in README and docs/, that keeps the test's screenshots
+PICTURES = None  # ROOT / "results/published": keep the screenshots that README and docs/ show
 
 
 def wait_for(condition, seconds=10):
@@ -214,7 +214,7 @@ def test_the_page(browser, tmp_path):
 def test_two_drivers_side_by_side(browser, tmp_path):
     """The answers alone lose the road, the policy drives on: each sees its own pictures."""
     model = GitText2ActionWithPrompt.from_policy(ROOT / "results/published/policy")
-    with serving(model, TRACK=TRACK) as (address, _):
+    with serving(model, TRACK=100_066) as (address, _):
         page = browser.new_page(viewport={"width": 1180, "height": 860})
         page.goto(address)
         page.click("#compare")
