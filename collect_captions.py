@@ -3,7 +3,7 @@
 Reads offline/teacher.safetensors (or an adapter, or a PPO policy). Writes CarRacing-Data/, an imagefolder dataset: train/ and
 validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet, task.json and run.json.
 
-    python collect_captions.py      # 1 to 3 minutes on two CPU cores: 42,000 frames
+    python collect_captions.py      # 2 to 6 minutes on two CPU cores: 47,000 frames
 
 The driver is told other things while it drives, does random things now and then, and is thrown about. Whatever it really
 does, each frame is labelled with what the teacher would do plainly ("text"), under what it is told and under several other
@@ -216,7 +216,7 @@ def main():
         instructions=instructions.digest(),
     )
     print(f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the shipped "
-          f"sample comes back with: git checkout {OUTPUT_DIR}), 1 to 3 minutes for 42,000 on two CPU cores")  # fmt: skip
+          f"sample comes back with: git checkout {OUTPUT_DIR}), 2 to 6 minutes for 47,000 on two CPU cores")  # fmt: skip
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with processes.workers(NUM_WORKERS) as run_jobs:

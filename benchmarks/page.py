@@ -83,6 +83,7 @@ def together(address, pid, count):
     for thread in threads:
         thread.join()
     used, memory, _ = resources(pid)
+    time.sleep(6)  # until these sessions have ended
     row = {"sessions": count, "pictures_per_second": round(float(np.mean(rates)), 1), "slowest": round(min(rates), 1)}
     return row | {"cpu_share": round((used - cpu) / SECONDS, 2), "memory_mb": round(memory)}
 
