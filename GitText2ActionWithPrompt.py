@@ -268,7 +268,7 @@ class GitText2ActionWithPrompt(nn.Module):
         stop = tokenizer.sep_token_id
         with self.autocast():
             rows = git_forward.generate(self.weights, self.pixels(frames), tokens, lengths, stop, room)
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return [tokenizer.decode(row, skip_special_tokens=True).replace(" - ", "-") for row in rows]  # "forty-five"
 
     def answer(self, frames, instructions=""):
         """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says."""

@@ -16,7 +16,8 @@ from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of
 from support.checks import BadInput
 from teacher import make_evaluation_env
 
-SCENE_QUESTIONS = ()  # asked in turn, for a sentence below the answer: "How does the road bend next?", ...
+# asked in turn, for a sentence below the answer
+SCENE_QUESTIONS = ("How does the road bend next?", "How fast is the car?", "Where on the road is the car?")
 SCENE_EVERY = 25  # decisions between two of them
 
 

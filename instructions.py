@@ -419,6 +419,13 @@ def say(name, rng, split="taught", varied_share=0.0):
     return Told(name, split, sentence, target(name))
 
 
+def obeyed_shares(obedience):
+    """Share of all decisions in which what was told was the case, from pairs `(kind, obeyed)`; nan for kinds never told."""
+    kinds = [kind for kind in KINDS if kind not in ("race", "chatter", "garbled")]  # nothing to obey
+    obeyed = {kind: [x for k, x in obedience if k == kind] or [np.nan] for kind in kinds}
+    return {f"obeyed_{kind}": float(np.mean(x)) for kind, x in obeyed.items()}
+
+
 def wish(name):
     """The answer to WISH_QUESTION under the instruction `name`: the simplest way to say it, or "Nothing."."""
     if name in ("chatter", "garbled"):

@@ -3,16 +3,16 @@
 Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_caption_model_carllava/ (PEFT adapter,
 processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png.
 
-    python train_git_lora_carllava_style.py      # 10 to 30 minutes on two CPU cores; then python ppo_git_with_prompt.py
+    python train_git_lora_carllava_style.py      # 15 to 40 minutes on two CPU cores; then python ppo_git_with_prompt.py
 
-Each frame is read once with several texts: the plain question in several wordings, the question under some of the
-instructions it was labelled for, and a question about the scene, so that seeing is not forgotten, or about the instruction,
-so that what is wanted is understood before it is done. Only the answers' tokens are supervised: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding. Exact answers are reported for the
-plain question, by instruction (taught phrasings and others) and for the questions about the scene, before and after.
+Each frame is read once with several texts (captions.py): the plain question in several wordings, the question under some
+of the instructions it was labelled for, and a question about the scene, so that seeing is not forgotten, or about the
+instruction, so that what is wanted is understood before it is done. Exact answers are reported for the plain question, by
+instruction (taught phrasings and others) and for the questions about the scene, before and after.
 """
 
 import collections
-import json
+import functools
 import pickle
 import shutil
 import time
@@ -21,16 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
 import instructions
+from captions import Captions, Collator, all_texts, draw_texts
 from fast import git_forward
-from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, PROMPT, GitText2ActionWithPrompt
-from instructions import WORDINGS
+from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt
 from support import cards, checkpoints, checks, plots, processes, run_files
 from support.run_files import ROOT
 
@@ -49,94 +48,13 @@ LORA_RANK = 32
 LORA_ALPHA = 64
 EPOCHS = 4
 WISHES = 0.5  # share of the questions about the scene in whose place the wish behind an instruction is asked for
-REWORDED = 0.0  # share of the plain texts, and half of it of those under an instruction, that ask in other words
+REWORDED = 0.4  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
 LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
 WEIGHT_DECAY = 0.0
 WARMUP = 0.05  # share of the steps, then a cosine to zero
 
 MAY_CHANGE = {"RESUME", "DATA_DIR", "MORE_DATA", "OUTPUT_DIR", "RESULTS_DIR", "CHECKPOINT_DIR", "MIN_FRAMES"}
-
-
-class Captions(torch.utils.data.Dataset):
-    """One split of one or more imagefolder datasets: (frame uint8 (96, 96, 3), its metadata row)."""
-
-    def __init__(self, *folders):
-        self.rows = []
-        for folder in map(Path, folders):
-            metadata = folder / "metadata.jsonl"
-            if not metadata.exists():
-                raise checks.BadInput(f"no captions in {folder}/: run collect_captions.py first")
-            try:
-                for row in map(json.loads, metadata.read_text().splitlines()):
-                    added = {"file": folder / row["file_name"], "answer": list(ANSWERS).index(row["text"])}
-                    self.rows.append({"told": [], "asked": []} | row | added)
-            except (ValueError, KeyError, TypeError) as error:
-                raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        with Image.open(row["file"], formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB")), row
-
-
-def draw_texts(row):
-    """The texts that one frame is read with in training, as (instruction, question, answer).
-
-    The plain question, the question under the instruction that the driver had and under another one, and a question about
-    the scene or about the instruction; as far as stage 1 gave the frame any.
-    """
-
-    def one_of(items):
-        return [items[torch.randint(len(items), ())]] if items else []
-
-    def wording(reworded):
-        return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < reworded else PROMPT
-
-    texts = [("", wording(REWORDED), row["text"])]
-    for told in row["told"][:1] + one_of(row["told"][1:]):
-        texts.append((told["sentence"], wording(REWORDED / 2), told["text"]))
-    for asked in one_of(row["asked"]):
-        asks_for_wish = row["told"] and torch.rand(()) < WISHES
-        texts.append(wish_of(*one_of(row["told"])) if asks_for_wish else ("", asked["question"], asked["text"]))
-    return texts
-
-
-def wish_of(told):
-    """The text that asks for the wish behind an instruction, which the words alone tell."""
-    return told["sentence"], instructions.WISH_QUESTION, instructions.wish(told["instruction"])
-
-
-def all_texts(row):
-    """The texts that a validation frame is measured with.
-
-    The plain question, all that it was labelled for, the wishes behind these, all that it was asked.
-    """
-    told = [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
-    asked = [("", asked["question"], asked["text"]) for asked in row["asked"]]
-    return [("", PROMPT, row["text"]), *told, *map(wish_of, row["told"]), *asked]
-
-
-class Collator:
-    """Frames and rows -> pixel_values (B, 3, S, S), input_ids and labels (B, texts, T), the texts chosen by `choose`."""
-
-    def __init__(self, processor, choose=draw_texts):
-        self.processor, self.choose = processor, choose
-
-    def __call__(self, samples):
-        tokenizer = self.processor.tokenizer
-        frames, rows = zip(*samples)
-        texts = []
-        for instruction, question, answer in (text for row in rows for text in self.choose(row)):
-            ending = [*model_file.prompt_ids(tokenizer, "", answer)[1:], tokenizer.sep_token_id]  # no second [CLS]
-            texts.append((model_file.prompt_ids(tokenizer, instruction, question), ending))
-        pixels = model_file.resize(np.stack(frames), self.processor.image_processor)
-        tokens, labels = git_forward.pad_texts(texts, tokenizer.pad_token_id)
-        texts = {"input_ids": tokens, "labels": labels}
-        return {"pixel_values": pixels} | {name: x.unflatten(0, (len(rows), -1)) for name, x in texts.items()}
 
 
 class EpochReport(TrainerCallback):
@@ -232,6 +150,7 @@ def load_data():
 
 def make_trainer(git, processor, data, report):
     """Transformers' Trainer with this script's constants; a checkpoint per epoch in CHECKPOINT_DIR."""
+    texts = functools.partial(draw_texts, reworded=REWORDED, wishes=WISHES)
     on_cpu = model_file.device().type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(ROOT / CHECKPOINT_DIR),
@@ -253,7 +172,7 @@ def make_trainer(git, processor, data, report):
         seed=SEED,
         ddp_timeout=6 * 3600,  # seconds: the others wait while the first process validates
     )
-    return Trainer(git, arguments, data_collator=Collator(processor), train_dataset=data, callbacks=[report])
+    return Trainer(git, arguments, data_collator=Collator(processor, texts), train_dataset=data, callbacks=[report])
 
 
 def save_adapter(folder, git, processor, facts, metrics, run):

@@ -19,6 +19,7 @@ import evaluate
 import GitText2ActionWithPrompt as model_file
 import train_git_lora_carllava_style as stage2
 from benchmarks import compare
+from captions import Captions, Collator
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from support import checkpoints, checks
@@ -30,7 +31,7 @@ LORA_BATCH = 32
 
 def load_frames(count):
     """Frames of the dataset's sample, uint8 (count, 96, 96, 3)."""
-    data = stage2.Captions(ROOT / stage2.DATA_DIR / "train")
+    data = Captions(ROOT / stage2.DATA_DIR / "train")
     return np.stack([data[i][0] for i in range(count)])
 
 
@@ -135,17 +136,15 @@ def make_trainer(captions, ours):
         save_strategy="no",
         disable_tqdm=True,
     )
-    data, collator = (
-        (captions, stage2.Collator(processor, plain_text)) if ours else (PerSample(captions, processor), None)
-    )
+    data, collator = (captions, Collator(processor, plain_text)) if ours else (PerSample(captions, processor), None)
     git = git_forward.train_by_this_pass(git, processor.image_processor) if ours else git
     return Trainer(get_peft_model(git, config), arguments, data_collator=collator, train_dataset=data)
 
 
 def compare_lora_epoch():
     """One epoch over the dataset's sample."""
-    captions = stage2.Captions(ROOT / stage2.DATA_DIR / "train")
-    peer, ours = (repeat(1, captions, make_trainer(captions, ours).train) for ours in (False, True))
+    data = Captions(ROOT / stage2.DATA_DIR / "train")
+    peer, ours = (repeat(1, data, make_trainer(data, ours).train) for ours in (False, True))
     compare.alternate("LoRA epoch: ours vs Trainer with the processor per sample", "sample", peer, ours)
 
 
@@ -158,6 +157,11 @@ def compare_tiny():
         frames = load_frames(batch)
         compare_forward(f"policy forward, git-tiny, batch {batch}", git.eval(), model, frames, 80 // batch)
         compare_answer(f"answer, git-tiny, batch {batch}, vs generate", git.eval(), model, frames, 80 // batch)
+        told = repeat(80 // batch, frames, model, frames, "Please keep to the left.")
+        plain = repeat(80 // batch, frames, model, frames)
+        compare.alternate(
+            f"policy forward, git-tiny, batch {batch}: plain vs under an instruction", "frame", told, plain
+        )
 
 
 @torch.no_grad()

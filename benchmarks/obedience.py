@@ -129,32 +129,33 @@ def measure_contradiction(driver, names):
 
 
 def draw(measured, path):
-    """Left: share of obeyed drives by instruction, a bar for each driver and group. Right: speed and place under each."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 7), layout="constrained")
-    series = {(driver, group): {} for driver, part in measured.items() for group in CASES}
-    for driver, part in measured.items():
-        for row in part["rows"]:
-            if row["group"] in CASES:
-                series[driver, row["group"]][row["instruction"]] = row
-    series = {f"{driver}, {GROUPS[group]}": rows for (driver, group), rows in series.items() if rows}
-    names = list(dict.fromkeys(name for rows in series.values() for name in rows))
-    height = 0.8 / len(series)
-    for i, (label, rows) in enumerate(series.items()):
-        places = [names.index(name) + i * height for name in rows]
-        left.barh(places, [100 * row["obeyed"] for row in rows.values()], height, label=label)
-        places = [(row["mean_offset"], row["mean_speed"]) for row in rows.values()]
-        right.scatter(*zip(*places), s=18, label=label)
-    for name in names:
-        row = next(rows[name] for rows in series.values() if name in rows)
-        right.annotate(
-            name, (row["mean_offset"], row["mean_speed"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
-        )
-    left.set(title="Who does what he is told", xlabel="% of the drives that obeyed", xlim=(0, 100))
-    left.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=8)
+    """Left: share of obeyed drives by instruction, a line for each driver. Right: speed and place under each, after PPO."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.5), layout="constrained")
+    drivers = {"answers": "tab:green", "policy": "tab:orange", "teacher": "tab:blue"}
+    markers = {"taught": "o", "held_out": "s", "new": "^", "nothing": "x"}
+    names = list(dict.fromkeys(row["instruction"] for row in measured["policy"]["rows"] if row["group"] in CASES))
+    for i, (driver, color) in enumerate(drivers.items()):
+        for group, marker in markers.items():
+            rows = [row for row in measured.get(driver, {"rows": []})["rows"] if row["group"] == group]
+            if not rows or (group == "nothing" and driver != "policy"):
+                continue
+            looks = {"marker": marker, "color": color, "s": 28, "facecolors": "none" if group == "held_out" else color}
+            looks |= {"color": "tab:gray", "facecolors": "tab:gray"} if group == "nothing" else {}
+            places = [names.index(row["instruction"]) + 0.22 * (i - 1) for row in rows]
+            left.scatter([100 * row["obeyed"] for row in rows], places, label=f"{driver}, {GROUPS[group]}", **looks)
+            if driver == "policy" and group != "nothing":
+                right.scatter([row["mean_offset"] for row in rows], [row["mean_speed"] for row in rows], **looks)
+    for row in measured["policy"]["rows"]:
+        if row["group"] in ("taught", "new"):
+            place = row["mean_offset"], row["mean_speed"]
+            right.annotate(row["instruction"], place, fontsize=7, xytext=(5, 3), textcoords="offset points")
+    left.set(title="Who does what he is told", xlabel="% of the drives that obeyed", xlim=(-3, 103))
+    left.set_yticks(range(len(names)), names, fontsize=8)
     left.invert_yaxis()
-    right.set(title="How it is driven then", xlabel="mean offset from the middle of the road (units, right is positive)",
+    right.set(title="How the policy drives then", xlabel="mean offset from the middle of the road (units, right is positive)",
               ylabel="mean speed (units per second)")  # fmt: skip
-    left.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=4)
+    left.grid(alpha=0.3)
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)

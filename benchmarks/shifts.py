@@ -17,7 +17,7 @@ from support import checks, run_files
 from support.run_files import ROOT
 
 POLICY = "results/published/policy"
-TRACKS = range(100_100, 100_120)
+TRACKS = range(100_200, 100_220)
 OUTPUT = Path(__file__).parent / "shifts.json"
 
 

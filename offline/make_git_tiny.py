@@ -6,7 +6,7 @@ about the scene (questions.py), answered in sentences from the simulator's state
 to say in the simplest words what somebody wants, by the taught phrasings of instructions.py, and whether that is how the car
 drives: a model that has read a book knows that left is not right. What to do about it, it does not know.
 
-    python -m offline.make_git_tiny      # 20 minutes on two fast CPU cores, an hour on slow ones; the shipped one: git checkout offline/git-tiny
+    python -m offline.make_git_tiny      # 40 to 80 minutes on two CPU cores (estimated), 3 on a GPU and 16 cores; the shipped one: git checkout offline/git-tiny
 """
 
 import functools
@@ -313,7 +313,7 @@ def main():
         globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
     )
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, about an hour on two slow CPU cores (estimated) with the default constants; replaces "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 40 to 80 minutes on two CPU cores (estimated) with the default constants; replaces "
         f"{OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)

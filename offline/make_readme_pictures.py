@@ -1,7 +1,7 @@
 """The pictures that README.md and docs/ show, drawn from results/published/; run by hand after offline/publish.py.
 
 Reads results/published/ and the shipped adapter. Writes there answers_and_ppo.gif (the two drivers on one track, side by
-side), curves.png (PPO with and without the words, three seeds each), the graphs of the published run and of its LoRA.
+side), instructions.png (one frame under several instructions), the graphs of the published run and of its LoRA.
 
     python -m offline.make_readme_pictures      # 1 to 2 minutes on two CPU cores
 """
@@ -10,22 +10,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import car_racing_env
 import evaluate
 import film
 from car_racing_env import FPS, FRAME_SKIP
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt
 from support import checks, plots
-from support.run_files import ROOT, read_log
+from support.run_files import ROOT
 
 PUBLISHED = ROOT / "results" / "published"
-TRACK = 100_099  # a validation track where the answers alone spin round at 10 seconds and PPO's policy finishes its lap
+TRACK = 100_066  # a validation track where the answers alone spin round at 9 seconds and the policy finishes its lap
 FROM_SECOND = 6  # of the episode; the pictures end with the lap
 PANEL_WIDTH = 350  # pixels
 EVERY = 2  # decisions per picture
 HOLD = 2000  # milliseconds for which the last picture stays
 COLORS = 128  # one palette for all pictures, so that colours do not flicker
-WITH_WORDS = {"seed 0": ".", "seed 1": "seed1", "seed 2": "seed2"}  # folders in PUBLISHED
-WITHOUT_WORDS = {"seed 0": "no_prior", "seed 1": "no_prior/seed1", "seed 2": "no_prior/seed2"}
+TOLD = ("", "Drive slowly.", "Keep to the left.", "The left lane is closed.", "Stop.")  # of one frame
+TOLD_AT = 62  # decision of the plain drive over TOLD_TRACK
+TOLD_TRACK = 100_000
 
 
 def panels(driver, name):
@@ -57,31 +59,40 @@ def side_by_side(left, right, path):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def draw_curves(path):
-    """The greedy score on the validation tracks over training, of every whole PPO run."""
-    figure, axis = plots.plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for runs, color, name in ((WITH_WORDS, "tab:orange", "with"), (WITHOUT_WORDS, "tab:blue", "without")):
-        for (seed, folder), style in zip(runs.items(), ("o-", "s--", "^:")):
-            rows = [row for row in read_log(PUBLISHED / folder / "eval_log.csv") if row["driver"] == "policy"]
-            label = f"{name} the words, {seed}"
-            axis.plot(plots.thousands(rows), plots.column(rows, "mean"), style, color=color, label=label)
-    axis.axhline(plots.SOLVED, color="grey", lw=1, ls=":", label=f"{plots.SOLVED}: solved")
-    axis.set(title="PPO with and without the words as prior", xlabel=plots.FRAMES_LABEL, ylim=(-150, 1000))
-    axis.set(ylabel="return, mean of 20 validation tracks")
-    axis.grid(alpha=0.3)
-    figure.legend(frameon=False, fontsize=9, loc="outside right center")
+def draw_instructions(model, path):
+    """One frame of a plain drive, and under it what the policy says and how probable each answer is, told five things."""
+    env, driver = car_racing_env.make_env(), evaluate.Policy(model)
+    frame, info = env.reset(seed=TOLD_TRACK)
+    for _ in range(TOLD_AT):
+        frame, *_ = env.step(int(driver(frame[None], info)[0]))
+    frames, names = np.stack([frame] * len(TOLD)), list(ANSWERS)
+    answers = model.answer(frames, list(TOLD))
+    driver.told = list(TOLD)
+    probabilities = driver.probabilities(frames).numpy()
+    figure, axes = plots.plt.subplots(2, len(TOLD), figsize=(2.3 * len(TOLD), 4.6), layout="constrained")
+    for (picture, bars), told, answer, p in zip(axes.T, TOLD, answers, probabilities):
+        picture.imshow(frame)
+        picture.set_title(f"{told or '(told nothing)'}\n“{answer}”", fontsize=10)
+        picture.axis("off")
+        colors = ["tab:green" if i == p.argmax() else "tab:gray" for i in range(len(names))]
+        bars.barh(names, p, color=colors)
+        bars.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+        bars.invert_yaxis()
+        bars.tick_params(labelsize=8, labelleft=bars is axes[1, 0])
+        bars.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("probability of each action after PPO", fontsize=9)
     plots.save(figure, path)
 
 
 def main():
     torch.set_num_threads(1)
-    draw_curves(PUBLISHED / "curves.png")
     plots.draw_ppo(PUBLISHED)
     plots.draw_lora_loss(PUBLISHED)
     confusion = np.loadtxt(PUBLISHED / "lora_confusion.csv", dtype=int, delimiter=",")
     plots.draw_confusion(confusion, list(ANSWERS), PUBLISHED / "lora_confusion.png")
     policy = GitText2ActionWithPrompt.from_policy(PUBLISHED / "policy")
     answers = GitText2ActionWithPrompt.from_pretrained(policy.source["adapter"])
+    draw_instructions(policy, PUBLISHED / "instructions.png")
     path = PUBLISHED / "answers_and_ppo.gif"
     side_by_side(panels(evaluate.Answers(answers), "answers alone"), panels(evaluate.Policy(policy), "after PPO"), path)
     print(f"wrote {PUBLISHED}/: the graphs and {path.name}, {path.stat().st_size / 1e6:.1f} MB")

@@ -56,15 +56,19 @@ def save(figure, path):
 def draw_reward_curve(results):
     """reward_curve.png: training episodes, their running mean, and the greedy scores on the validation tracks.
 
-    A driver that drives from the start is shown from 700 up; the episodes below are triangles at the lower edge.
+    Episodes under instructions are left out: who is told to stop earns nothing. A driver that drives from the start is
+    shown from 700 up; the episodes below are triangles at the lower edge.
     """
-    episodes, evaluations = read_log(results / "reward_log.csv"), read_log(results / "eval_log.csv")
+    episodes = [row for row in read_log(results / "reward_log.csv") if row["told"] == "0"]
+    evaluations = read_log(results / "eval_log.csv")
     policy, answers = ([row for row in evaluations if row["driver"] == name] for name in ("policy", "answers"))
     bottom = 700 if policy and column(policy, "mean").min() > 750 else None
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     if episodes:
         x, returns = thousands(episodes), column(episodes, "return")
-        axis.plot(x, returns, ".", color="tab:blue", alpha=0.25, label="one training episode (actions sampled)")
+        axis.plot(
+            x, returns, ".", color="tab:blue", alpha=0.25, label="one training episode (told nothing, actions sampled)"
+        )
         below = returns < (bottom or -np.inf)
         if below.any():
             edge = np.full(below.sum(), bottom + 4)

@@ -172,9 +172,10 @@ class RunLogs:
         self.lock.close()
 
     def episode(self, row):
-        """A finished episode."""
-        self.rewards.write(row)
-        self._scalars({"charts/episodic_return": row["return"], "charts/episodic_length": row["length"]}, row)
+        """A finished episode; of one under instructions the return says little and gets a name of its own."""
+        self.rewards.write(row | {"told": int(row["told"])})
+        told = "_told" if row["told"] else ""
+        self._scalars({f"charts/episodic_{name}{told}": row[name] for name in ("return", "length")}, row)
 
     def update(self, row):
         """A finished update."""

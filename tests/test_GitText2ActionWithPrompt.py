@@ -125,7 +125,7 @@ def test_asking_equals_generate(random_model, frames, question):
     asked = inputs(random_model, frames, question)
     words = random_model.git.generate(**asked, max_new_tokens=16, do_sample=False)[:, asked["input_ids"].shape[1] :]
     theirs = random_model.processor.tokenizer.batch_decode(words, skip_special_tokens=True)
-    assert random_model.ask(frames, question) == theirs
+    assert random_model.ask(frames, question) == [text.replace(" - ", "-") for text in theirs]
     told = ["", "Please drive at speed thirty-five.", "Keep left."]
     alone = [random_model.ask(frames[i : i + 1], question, said)[0] for i, said in enumerate(told)]
     assert random_model.ask(frames, question, told) == alone != theirs

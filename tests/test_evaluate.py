@@ -20,11 +20,12 @@ from support.run_files import ROOT
 from teacher import make_evaluation_env
 
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
-GOLDEN_RETURN = 532.04
-GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 4, 3, 3]
-GOLDEN_SPEEDS = ["zero", "ten", "twelve", "sixteen", "sixteen", "seventeen", "thirteen", "fifteen"]
-GOLDEN_ANSWERS = ["Accelerate"] * 4 + ["Turn right", "Turn left", "Accelerate", "Turn right"]
-GOLDEN_PROBABILITIES = [0.0, 0.9999, 0.0, 0.0, 0.0]  # of the third frame
+GOLDEN_RETURN = 538.57
+GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 3, 1, 3]
+GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy", "seventy", "fifty-five", "seventy"]
+TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "", "The left lane is closed."]
+GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Accelerate", "Accelerate", "Brake"]
+GOLDEN_PROBABILITIES = [0.0, 0.9906, 0.0092, 0.0001, 0.0]  # of the third frame
 GOLDEN_POLICY_RETURN = 127.06  # of the first 100 decisions on validation track 100,000
 
 
@@ -124,12 +125,13 @@ def test_teacher(stretch):
 def test_git_tiny_describes(stretch):
     """The untaught base answers the question that it is asked."""
     model = GitText2ActionWithPrompt.from_pretrained(BASE)
-    assert model.ask(stretch[0], "How fast is the car?") == GOLDEN_SPEEDS
+    said = [f"the car drives at speed {speed}." for speed in GOLDEN_SPEEDS]
+    assert model.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
 
 
 def test_adapter_answers(stretch):
     model = GitText2ActionWithPrompt.from_pretrained(ADAPTER)
-    assert model.answer(stretch[0]) == GOLDEN_ANSWERS
+    assert model.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
     assert model.encode(stretch[0])[1][2].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)
 
 

@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_is_neither_saved_nor_resumed_from(pipeline, t
 def test_logged_returns_are_the_tasks_own(pipeline):
     """1000 / N for each of the N tiles that was visited, minus 0.1 a frame; training rewards give no whole tiles."""
     env, rows = car_racing_env.make_env(draw=False), read_log(pipeline.results / "reward_log.csv")
-    assert list(rows[0]) == ["episode", "update", "env_frames", "return", "length", "end", "track_seed"]
+    assert list(rows[0]) == ["episode", "update", "env_frames", "return", "length", "end", "track_seed", "told"]
     assert [int(row["episode"]) for row in rows] == list(range(1, len(rows) + 1))
     for row in rows:
         env.reset(seed=int(row["track_seed"]))

@@ -115,8 +115,9 @@ def test_return_normalizer_equals_gymnasium():
 
 @pytest.mark.parametrize("lora", [False, True])
 @torch.no_grad()
-def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
+def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora, monkeypatch):
     """Against single environments that take the same actions, one frame at a time; a LoRA needs the frames again."""
+    monkeypatch.setattr(ppo, "INSTRUCTED_ENVS", 1)
     if lora:
         toy_model.add_lora(2, 4)
     randomize(toy_model, "_head.", "lora_B")
@@ -140,7 +141,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
             assert (step["reward"], step["terminated"], step["done"]) == (reward, terminated, done)
             cut += done
             if terminated or truncated:
-                ended.append((t, info["episode_summary"]))
+                ended.append((t, info["episode_summary"] | {"told": n < 1}))
                 frame, info = env.reset()
         assert np.array_equal(following[n], frame)
     assert cut > len(ended)

@@ -8,11 +8,14 @@ import sys
 
 import numpy as np
 
-from benchmarks import ablations
+from benchmarks import ablations, obedience
 from support.run_files import ROOT, read_log
 
 PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
-README, RESULTS, ABLATIONS = ((ROOT / p).read_text() for p in ("README.md", "docs/results.md", "docs/ablations.md"))
+README = (ROOT / "README.md").read_text()
+RESULTS, LANGUAGE, ABLATIONS = (
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("results", "language", "ablations")
+)
 COMES_WITH = {"PIL": "pillow", "pygame": "gymnasium", "huggingface_hub": "transformers"}
 SCORE = re.compile(r"\[(-?[\d.]+ ± [\d.]+)\]\(\.\./results/published/([\w/]+\.json)\)(?:, laps (\d+) %, min (-?\d+))?")
 
@@ -37,54 +40,80 @@ def table(page, heading):
 
 def test_scores():
     """Every linked score; the README's rows are the same without the links."""
-    for text, file, laps, worst in SCORE.findall(RESULTS + ABLATIONS):
+    found = SCORE.findall(RESULTS)
+    for text, file, laps, worst in found:
         facts = read(PUBLISHED / file)
         assert text == score(facts), file
         assert not laps or (laps, worst) == (f"{facts['laps_finished_percent']:.0f}", f"{facts['min']:.0f}"), file
     rows = [[SCORE.sub(r"\1", cell) for cell in row] for row in table(RESULTS, "| driver | held out")]
-    assert all(row in rows for row in table(README, "| driver | held out")) and len(rows) > 10
+    assert all(row in rows for row in table(README, "| driver | held out")) and len(found) >= 7
 
 
-def test_seeds_and_paired_differences():
-    policies = ["held_out/eval_policy", "held_out/eval_policy_seed1", "held_out/eval_policy_seed2", "test/eval_policy"]
-    runs = [read(PUBLISHED / f"{name}.json") for name in (*policies, "rebuilt/held_out/eval_policy")]
-    places = ["held_out"] * 3 + ["test", "rebuilt/held_out"]
-    for row, run, place in zip(table(RESULTS, "| policy | tracks"), runs, places, strict=True):
-        answers = read(PUBLISHED / place / "eval_answers.json")
-        difference = np.subtract(run["returns"], answers["returns"])
-        assert run["seeds"] == answers["seeds"]
-        assert row[2] == f"{difference.mean():.1f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.1f}", row
-    means = [run["mean"] for run in runs[:3]]
-    assert f"three seeds ± std over seeds | {np.mean(means):.1f} ± {np.std(means, ddof=1):.1f} |" in RESULTS
+def test_paired_differences_and_the_run():
+    for place in ("held_out", "test"):
+        policy, answers = (read(PUBLISHED / place / f"eval_{name}.json") for name in ("policy", "answers"))
+        difference = np.subtract(policy["returns"], answers["returns"])
+        assert policy["seeds"] == answers["seeds"]
+        assert f"{difference.mean():.1f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.1f}" in RESULTS
+    means = [float(row["mean"]) for row in read_log(PUBLISHED / "eval_log.csv") if row["driver"] == "policy"]
+    assert " -> ".join(f"{mean:.1f}" for mean in means) in RESULTS
+    rounds = [read_log(PUBLISHED / path)[1:] for path in ("lora_log.csv", "second_round/lora_log.csv")]
+    epochs = [("second round" if second else row["epoch"], row) for second in (0, 1) for row in rounds[second]]
+    for cells, (name, row) in zip(table(RESULTS, "| epoch |"), epochs, strict=True):
+        losses = [f"{float(row[loss]):.3f}" for loss in ("average_loss", "validation_loss")]
+        assert cells == [name, *losses, percent(row["exact_match"])]
+    for kind, *shares in table(LANGUAGE, "| kind |"):
+        names = [f"exact_{kind}_{split}" for split in ("taught", "held_out")]
+        assert shares == [percent(row[name]) if row.get(name) else "" for name in names], kind
 
 
-def test_runs_and_epochs():
-    for name, *cells in table(RESULTS, "| run | start"):
-        rows = read_log(PUBLISHED / re.search(r"published/(.*eval_log.csv)", name)[1])
-        means = [float(row["mean"]) for row in rows if row["driver"] == "policy"]
-        assert cells == [f"{mean:.1f}" for mean in (*means, max(means))], name
-    for cells, row in zip(table(RESULTS, "| epoch |"), read_log(PUBLISHED / "lora_log.csv"), strict=True):
-        losses = [f"{float(row[name]):.3f}" for name in ("average_loss", "validation_loss")]
-        assert cells == [row["epoch"], *losses, percent(row["exact_match"])]
+def test_obedience():
+    measured = read(BENCHMARKS / "obedience.json")
+
+    def mean(driver, group):
+        obeyed = [row["obeyed"] for row in measured[driver]["rows"] if row["group"] == group]
+        return percent(np.mean(obeyed)) if obeyed else ""
+
+    groups = {name: group for group, name in obedience.GROUPS.items()} | {"told nothing, judged as if told": "nothing"}
+    groups |= {"told to stop, then to drive on": "changed"}
+    for name, *cells in table(LANGUAGE, "| obeyed, share"):
+        assert cells == [mean(driver, groups[name]) for driver in ("answers", "policy", "teacher")], name
+    for name, *cells in table(README, "| obeyed, share"):
+        assert cells == [mean(driver, groups[name]) for driver in ("answers", "policy")], name
+    rows = {(driver, row["group"], row["instruction"]): row for driver in measured for row in measured[driver]["rows"]}
+    columns = ("answers", "taught"), ("answers", "held_out"), ("policy", "taught"), ("policy", "held_out")
+    for name, *cells in table(LANGUAGE, "| instruction |"):
+        for cell, (driver, group) in zip(cells, (*columns, ("policy", "nothing"), ("teacher", "taught"))):
+            group = "new" if (driver, "new", name) in rows and group not in ("nothing", "taught") else group
+            group = "new" if driver == "teacher" and (driver, "taught", name) not in rows else group
+            row = rows.get((driver, group, name))
+            assert cell == (percent(row["obeyed"]) if row else ""), (name, driver, group)
+    for names, *cells in table(LANGUAGE, "| told |"):
+        row = rows["policy", "contradictory", names.replace(", ", " + ")]
+        shares = [percent(row[f"obeyed_{name}"]) for name in names.split(", ")]
+        assert cells == [*shares, f"{row['mean_speed']:.0f}", f"{row['mean_offset']:.1f}"]
 
 
-def test_what_the_words_do():
-    prompts = read(BENCHMARKS / "prompts.json")["prompts"].values()
-    for cells, row in zip(table(ABLATIONS, "| prompt"), prompts, strict=True):
-        shares = [percent(row[name]) for name in ("exact_answers", "unparsable_share")]
-        assert cells == [f'"{row["prompt"]}"', *shares, score(row["answers"]), score(row["policy"])]
+def test_recovery_prompts_pictures_and_agreement():
+    measured = read(BENCHMARKS / "recovery.json")
+    for angles, drives, *cells in table(RESULTS, "| turned by"):
+        policy, teacher = measured["policy"][angles], measured["teacher"][angles]
+        assert drives == str(policy["drives"])
+        assert cells == [percent(x) for x in (policy["came_back"], teacher["came_back"], policy["coasting"])], angles
+    measured = read(BENCHMARKS / "prompts.json")
+    for group, sentences, *cells in table(LANGUAGE, "| asked |"):
+        rows = [measured[driver]["groups"][group] for driver in ("answers", "policy")]
+        assert sentences == str(rows[0]["sentences"])
+        losses = [[f"{row['mean']:.1f}", f"{row['loss']:.1f} ± {row['loss_standard_error']:.1f}"] for row in rows]
+        assert cells == losses[0] + losses[1], group
     shifts = read(BENCHMARKS / "shifts.json")["shifts"].values()
-    for cells, row in zip(table(ABLATIONS, "| picture"), shifts, strict=True):
+    for cells, row in zip(table(LANGUAGE, "| picture"), shifts, strict=True):
         assert cells[1:] == [score(row["answers"]), score(row["policy"])]
     facts = read(BENCHMARKS / "agreement.json")
-    for answer, decisions, *shares in table(ABLATIONS, "| the model says | decisions"):
+    for answer, decisions, *shares in table(LANGUAGE, "| the model says | decisions"):
         assert decisions == f"{facts['after_ppo'][answer]['decisions']:,}"
         assert shares == [percent(facts[when][answer]["agreement"]) for when in ("before_ppo", "after_ppo")]
-    assert {name: int(count) for name, count in table(ABLATIONS, "| the model says ->")} == facts["changes"]
-    nearest = read(BENCHMARKS / "contradiction.json")["nearest"]
-    for cells, row in zip(table(ABLATIONS, "| validation frames"), nearest, strict=True):
-        shares = [percent(row[name]) for name in ("contradictions", "adapter_errors")]
-        assert cells == [f"{row['pairs']:,}", str(row["largest_difference_in_grey_levels"]), *shares]
+    assert {name: int(count) for name, count in table(LANGUAGE, "| the model says ->")} == facts["changes"]
 
 
 def test_ablations_and_speed():
@@ -108,7 +137,8 @@ def git_files():
 
 
 def test_what_is_imported_is_required_within_limits():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    files = [ROOT / name for name in ("requirements.txt", "requirements-demo.txt")]
+    lines = [line for file in files for line in file.read_text().splitlines() if line[:2] != "-r"]
     limits = dict(re.match(r"([\w-]+)(?:\[\w+\])?(\S+)", line).groups() for line in lines)
     assert all(re.fullmatch(r">=[\d.]+,<[\d.]+|==[\d.]+", x) for x in limits.values()) and limits["torch"][:2] == "=="
     sources = [path for path in git_files() if path.suffix == ".py" and path.parent.name not in ("tests", "benchmarks")]

@@ -6,6 +6,7 @@ import torch
 from test_GitText2ActionWithPrompt import randomize
 from torch.nn import functional as F
 
+import captions
 import train_git_lora_carllava_style as stage2
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, prompt_ids
 from instructions import WISH_QUESTION, WORDINGS
@@ -29,7 +30,7 @@ def test_only_the_answer_is_supervised(toy_model, data):
     """The plain question, two instructions, their wishes, a question about the scene: against the tokenizer."""
     tokenizer = toy_model.processor.tokenizer
     samples = [data[i] for i in range(5)]
-    batch = stage2.Collator(toy_model.processor, stage2.all_texts)(samples)
+    batch = captions.Collator(toy_model.processor, captions.all_texts)(samples)
     assert batch["input_ids"].shape[:2] == (5, 6) and batch["pixel_values"].max() > 1
     for (_, row), texts, labels in zip(samples, batch["input_ids"], batch["labels"]):
         expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
@@ -46,11 +47,10 @@ def test_only_the_answer_is_supervised(toy_model, data):
             assert tokenizer.decode(read) == tokenizer.decode(tokenizer(prompt).input_ids[:-1])
 
 
-def test_training_texts_vary_in_wording_and_keep_their_answers(data, monkeypatch):
-    monkeypatch.setattr(stage2, "REWORDED", 0.5)
+def test_training_texts_vary_in_wording_and_keep_their_answers(data):
     torch.manual_seed(0)
     row = data[0][1]
-    texts = [text for _ in range(300) for text in stage2.draw_texts(row)]
+    texts = [text for _ in range(300) for text in captions.draw_texts(row, reworded=0.5, wishes=0.5)]
     wishes = {("Keep left.", "Keep left."), ("Speed thirty.", "Drive at speed thirty.")}
     assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == wishes
     told = {(told, answer) for told, question, answer in texts if told and question != WISH_QUESTION}
@@ -75,7 +75,7 @@ def test_validation_counts_what_the_model_says(toy_base, data):
     assert {(i, j): n for (i, j), n in np.ndenumerate(wrong) if n} == {(1, 4): 1, (3, 2): 1, (4, 5): 1}
     samples, losses = [data[i] for i in range(10)], []
     for frame, row in samples:
-        for told, question, answer in stage2.all_texts(row):
+        for told, question, answer in captions.all_texts(row):
             prompt = prompt_ids(model.processor.tokenizer, told, question)
             words = model.processor.tokenizer(answer).input_ids[1:]
             tokens = torch.tensor([prompt + words])
@@ -88,7 +88,7 @@ def test_validation_counts_what_the_model_says(toy_base, data):
     right = [
         model.ask(frame[None], question, told)[0] == answer.lower()
         for frame, row in samples
-        for told, question, answer in stage2.all_texts(row)[1:]
+        for told, question, answer in captions.all_texts(row)[1:]
     ]
     assert [*exact.values()] == pytest.approx(np.array(right).reshape(10, 5).mean(0).tolist())
 

@@ -1,0 +1,101 @@
+"""The captions of stage 1 as a GIT reads them: frames, the texts of each, and batches of both.
+
+A text is an instruction ("" for none), a question and the answer to it. The answer's tokens are supervised, the prompt's not:
+`[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import GitText2ActionWithPrompt as model_file
+import instructions
+from fast import git_forward
+from GitText2ActionWithPrompt import ANSWERS, PROMPT
+from instructions import WORDINGS
+from support import checks
+
+
+class Captions(torch.utils.data.Dataset):
+    """One split of one or more imagefolder datasets: (frame uint8 (96, 96, 3), its metadata row)."""
+
+    def __init__(self, *folders):
+        self.rows = []
+        for folder in map(Path, folders):
+            metadata = folder / "metadata.jsonl"
+            if not metadata.exists():
+                raise checks.BadInput(f"no captions in {folder}/: run collect_captions.py first")
+            try:
+                for row in map(json.loads, metadata.read_text().splitlines()):
+                    added = {"file": folder / row["file_name"], "answer": list(ANSWERS).index(row["text"])}
+                    self.rows.append({"told": [], "asked": []} | row | added)
+            except (ValueError, KeyError, TypeError) as error:
+                raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        with Image.open(row["file"], formats=["PNG"]) as image:
+            return np.asarray(image.convert("RGB")), row
+
+
+def draw_texts(row, reworded=0.0, wishes=0.0):
+    """The texts that one frame is read with in training, as (instruction, question, answer).
+
+    The plain question, the question under the instruction that the driver had and under another one, and a question about
+    the scene or, in a share `wishes` of the frames, about the instruction; as far as stage 1 gave the frame any. A share
+    `reworded` of the plain questions, and half of it of those under an instruction, are in other words.
+    """
+
+    def one_of(items):
+        return [items[torch.randint(len(items), ())]] if items else []
+
+    def wording(share):
+        return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < share else PROMPT
+
+    texts = [("", wording(reworded), row["text"])]
+    for told in row["told"][:1] + one_of(row["told"][1:]):
+        texts.append((told["sentence"], wording(reworded / 2), told["text"]))
+    for asked in one_of(row["asked"]):
+        asks_for_wish = row["told"] and torch.rand(()) < wishes
+        texts.append(wish_of(*one_of(row["told"])) if asks_for_wish else ("", asked["question"], asked["text"]))
+    return texts
+
+
+def wish_of(told):
+    """The text that asks for the wish behind an instruction, which the words alone tell."""
+    return told["sentence"], instructions.WISH_QUESTION, instructions.wish(told["instruction"])
+
+
+def all_texts(row):
+    """The texts that a validation frame is measured with.
+
+    The plain question, all that it was labelled for, the wishes behind these, all that it was asked.
+    """
+    told = [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
+    asked = [("", asked["question"], asked["text"]) for asked in row["asked"]]
+    return [("", PROMPT, row["text"]), *told, *map(wish_of, row["told"]), *asked]
+
+
+class Collator:
+    """Frames and rows -> pixel_values (B, 3, S, S), input_ids and labels (B, texts, T), the texts chosen by `choose`."""
+
+    def __init__(self, processor, choose):
+        self.processor, self.choose = processor, choose
+
+    def __call__(self, samples):
+        tokenizer = self.processor.tokenizer
+        frames, rows = zip(*samples)
+        texts = []
+        for instruction, question, answer in (text for row in rows for text in self.choose(row)):
+            ending = [*model_file.prompt_ids(tokenizer, "", answer)[1:], tokenizer.sep_token_id]  # no second [CLS]
+            texts.append((model_file.prompt_ids(tokenizer, instruction, question), ending))
+        pixels = model_file.resize(np.stack(frames), self.processor.image_processor)
+        tokens, labels = git_forward.pad_texts(texts, tokenizer.pad_token_id)
+        texts = {"input_ids": tokens, "labels": labels}
+        return {"pixel_values": pixels} | {name: x.unflatten(0, (len(rows), -1)) for name, x in texts.items()}

@@ -1,0 +1,404 @@
+"""Open a page, watch it drive and talk to it.
+
+Reads the published policy (or POLICY), its adapter and the teacher; writes nothing. Wants the packages of requirements-demo.txt.
+
+    python demo.py      # prints an address and opens it in the browser; Ctrl-C ends it
+
+The page (page/) and this server talk over one WebSocket a visitor. The server sends what happens, a JSON object per decision with
+a picture of each drive; the visitor sends objects with one key, COMMANDS. Each visitor has a `Session`: one or two drives on
+one track, in a thread of its own, which share the model.
+"""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import queue
+import random
+import threading
+import time
+import webbrowser
+
+import torch
+from PIL import Image
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+    from fastapi.staticfiles import StaticFiles
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install -r requirements-demo.txt") from None
+
+import evaluate
+import film
+import instructions
+import questions
+from car_racing_env import FPS, FRAME_SKIP, episode_end
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of
+from support import checks
+from support.run_files import ROOT
+from teacher import make_evaluation_env
+
+HOST = "127.0.0.1"  # this machine only; "0.0.0.0" lets others in
+PORT = 0  # 0: a free one
+OPEN_BROWSER = True
+POLICY = "results/published/policy"
+TRACK = 100_000  # the first one shown
+MAX_SESSIONS = 4  # visitors at a time; the next one is told to wait
+MAX_TEXT = 200  # characters of a sentence or a question
+JPEG_QUALITY = 80
+
+DRIVERS = {
+    "policy": "after PPO",
+    "answers": "answers alone",
+    "teacher": "teacher",
+    "random": "random actions",
+    "you": "you, with the arrow keys",
+}
+KEYS = {"ArrowLeft": 2, "ArrowRight": 1, "ArrowUp": 3, "ArrowDown": 4}  # the simulator's actions
+SENTENCES = {  # what a visitor may have typed, for the teacher, which reads no words
+    sentence: instruction.target
+    for instruction in instructions.INSTRUCTIONS.values()
+    for sentence in instruction.taught + instruction.held_out
+}
+COMMANDS = {  # what a visitor may send, and which values
+    "say": lambda text: type(text) is str and len(text) <= MAX_TEXT,
+    "ask": lambda text: type(text) is str and len(text) <= MAX_TEXT,
+    "drivers": lambda names: type(names) is list and 1 <= len(names) <= 2 and all(x in [*DRIVERS] for x in names),
+    "track": lambda track: type(track) is int and 0 <= track < 2**31,
+    "restart": lambda value: value is True,
+    "pause": lambda paused: type(paused) is bool,
+    "keys": lambda keys: type(keys) is list and len(keys) <= len(KEYS) and all(x in [*KEYS] for x in keys),
+    "attention": lambda shown: type(shown) is bool,
+    "seen": lambda value: value is True,
+}
+
+
+class NotUnderstood(Exception):
+    """A message that the page does not send: its session is closed."""
+
+
+class You:
+    """A visitor with the arrow keys; keys held together take turns, for the simulator takes one action at a time."""
+
+    told = ""
+
+    def __init__(self):
+        self.keys, self.turn = [], 0
+
+    def __call__(self, frames, infos):
+        self.turn += 1
+        return [KEYS[self.keys[self.turn % len(self.keys)]] if self.keys else 0]
+
+
+def make_driver(name, model):
+    """The driver of one of DRIVERS."""
+    makers = {
+        "policy": lambda: evaluate.Policy(model),
+        "answers": lambda: evaluate.Answers(model),
+        "teacher": evaluate.Teacher,
+        "random": lambda: evaluate.Random(random.randrange(2**31)),
+        "you": You,
+    }
+    return makers[name]()
+
+
+class Drive:
+    """One driver on one track, decision by decision."""
+
+    def __init__(self, name, model, track):
+        self.name, self.driver = name, make_driver(name, model)
+        self.reads = hasattr(self.driver, "model")
+        self.env = make_evaluation_env(render_mode="rgb_array")
+        self.obs, self.info = self.env.reset(seed=track)
+        self.total, self.end, self.decision, self.scene, self.facts = 0.0, "", 0, "", {}
+
+    def tell(self, sentence):
+        """Put an instruction in force."""
+        self.driver.told = SENTENCES.get(sentence, instructions.RACE) if self.name == "teacher" else sentence
+
+    def step(self):
+        """One decision, unless the episode has ended."""
+        if self.end:
+            return
+        if self.reads and self.decision % film.SCENE_EVERY == 0:
+            question = film.SCENE_QUESTIONS[self.decision // film.SCENE_EVERY % len(film.SCENE_QUESTIONS)]
+            self.scene = self.ask(question)
+        action = int(self.driver(self.obs[None], {"state": self.info["state"][None]})[0])
+        words, probabilities = None, None
+        if self.reads:
+            words = self.driver.model.answer(self.obs[None], self.driver.told)[0]
+            probabilities = self.driver.probabilities(self.obs[None])[0].tolist()
+        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+        self.total, self.decision = self.total + reward, self.decision + 1
+        self.end = episode_end(terminated, truncated, self.info)
+        self.facts = {"answer": words, "action": answer_of(action), "probabilities": probabilities}
+
+    def ask(self, question):
+        """The model's answer to a question about the present frame."""
+        return self.driver.model.ask(self.obs[None], question)[0].capitalize()
+
+    def show(self, attention):
+        """What the page shows of it: a dict for JSON."""
+        picture, base = self.env.render(), self.env.unwrapped
+        if attention and self.reads:
+            heat = film.attention(self.driver.model, self.obs[None], self.driver.told)[0]
+            picture = film.overlay(picture, heat.cpu().numpy())
+        jpeg = io.BytesIO()
+        Image.fromarray(picture).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+        return self.facts | {
+            "driver": self.name,
+            "reads": self.reads,
+            "picture": base64.b64encode(jpeg.getvalue()).decode(),
+            "speed": round(base.car.hull.linearVelocity.length, 1),
+            "return": round(self.total, 1),
+            "lap": round(base.tile_visited_count / len(base.track), 3),
+            "scene": self.scene,
+            "end": self.end,
+        }
+
+
+class Session(threading.Thread):
+    """One visitor's drives: a thread that drives at the simulator's pace and does what `commands` say between two decisions.
+
+    `send` is called from it with what the page shall know, a dict.
+    """
+
+    def __init__(self, model, send):
+        super().__init__(daemon=True)
+        self.model, self.send, self.commands, self.ended = model, send, queue.SimpleQueue(), threading.Event()
+        self.names, self.track, self.told, self.paused, self.attention = ["policy"], TRACK, "", False, False
+        self.drives = []
+
+    def run(self):
+        torch.set_num_threads(1)
+        self.begin()
+        due = time.monotonic()
+        with contextlib.closing(self):
+            while not self.ended.is_set():
+                changed = self.obey()
+                if not self.paused or changed:
+                    for drive in self.drives if not self.paused else []:
+                        drive.step()
+                    shown = [drive.show(self.attention) for drive in self.drives]
+                    self.send({"drives": shown, "track": self.track, "told": self.told, "paused": self.paused})
+                over = all(drive.end for drive in self.drives)
+                due = max(due + FRAME_SKIP / FPS * (5 if over else 1), time.monotonic())
+                time.sleep(due - time.monotonic() if due > time.monotonic() else 0)
+
+    def close(self):
+        """End the simulators."""
+        for drive in self.drives:
+            drive.env.close()
+
+    def begin(self):
+        """Put the drivers at the start of the track."""
+        self.close()
+        self.drives = [Drive(name, self.model, self.track) for name in self.names]
+        self.tell(self.told)
+
+    def tell(self, sentence):
+        self.told = sentence
+        for drive in self.drives:
+            drive.tell(sentence)
+
+    def obey(self):
+        """Do what the visitor has sent; returns whether anything came."""
+        changed = False
+        while not self.commands.empty():
+            (command, value), changed = self.commands.get(), True
+            getattr(self, f"do_{command}")(value)
+        return changed
+
+    def do_say(self, text):
+        text = text.strip()
+        if problem := self.problem(text):
+            self.send({"note": problem})
+            return
+        self.tell(text)
+        self.send({"unknown": self.unknown(text)})
+
+    def do_ask(self, text):
+        reads = [drive for drive in self.drives if drive.reads]
+        problem = self.problem(text) if reads else "None of these drivers can answer questions."
+        self.send({"asked": text, "reply": problem or reads[0].ask(text), "unknown": self.unknown(text)})
+
+    def do_drivers(self, names):
+        self.names = names
+        self.begin()
+
+    def do_track(self, track):
+        self.track = track
+        self.begin()
+
+    def do_restart(self, _):
+        self.begin()
+
+    def do_pause(self, paused):
+        self.paused = paused
+
+    def do_attention(self, attention):
+        self.attention = attention
+
+    def do_keys(self, keys):
+        for drive in self.drives:
+            if drive.name == "you":
+                drive.driver.keys = keys
+
+    def problem(self, text):
+        """Why the model cannot read the text, or ""."""
+        try:
+            self.model.prompts(text, 1)
+        except checks.BadInput as error:
+            return str(error)
+        return ""
+
+    def unknown(self, text):
+        """The words of a text that the model's vocabulary spells in single letters."""
+        tokenizer = self.model.processor.tokenizer
+        cut = {word: tokenizer.tokenize(word) for word in instructions.without_marks(text).split() if len(word) > 1}
+        return [word for word, pieces in cut.items() if len(pieces) == len(word) or tokenizer.unk_token in pieces]
+
+
+def understand(message):
+    """The command and its value in a visitor's message; NotUnderstood for anything that the page does not send."""
+    try:
+        ((command, value),) = json.loads(message).items()
+    except (ValueError, AttributeError, RecursionError):
+        raise NotUnderstood from None
+    if command not in COMMANDS or not COMMANDS[command](value):
+        raise NotUnderstood
+    return command, value
+
+
+class Latest:
+    """The messages on their way to a page: all notes, but of the pictures only the last one, sent when the one before was seen.
+
+    So a slow page gets fewer pictures, not an ever longer queue.
+    """
+
+    def __init__(self, loop):
+        self.loop, self.notes, self.picture, self.there, self.seen = loop, [], None, asyncio.Event(), True
+
+    def put(self, message):
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            self.loop.call_soon_threadsafe(self._put, message)
+
+    def _put(self, message):
+        if "drives" in message:
+            self.picture = message
+        else:
+            self.notes.append(message)
+        self.there.set()
+
+    def was_seen(self):
+        self.seen = True
+        self.there.set()
+
+    async def get(self):
+        """The next message."""
+        while True:
+            if self.notes:
+                return self.notes.pop(0)
+            if self.picture and self.seen:
+                picture, self.picture, self.seen = self.picture, None, False
+                return picture
+            self.there.clear()
+            await self.there.wait()
+
+
+def welcome():
+    """What the page needs to know first: what can be chosen, said and asked."""
+    said = {name: instruction.taught[0] for name, instruction in instructions.INSTRUCTIONS.items() if name != "chatter"}
+    held_out = {f"speed {word}" for word in instructions.HELD_OUT_SPEEDS}
+    return {
+        "drivers": DRIVERS,
+        "answers": list(ANSWERS),
+        "instructions": [sentence for name, sentence in said.items() if name not in held_out],
+        "questions": [wordings[0] for wordings in questions.QUESTIONS.values()],
+        "max_text": MAX_TEXT,
+    }
+
+
+def make_app(model):
+    """The page and its WebSocket."""
+    app, sessions = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), set()
+
+    @app.websocket("/drive")
+    async def drive(socket: WebSocket):
+        await socket.accept()
+        if len(sessions) >= MAX_SESSIONS:
+            await socket.send_json({"full": MAX_SESSIONS})
+            await socket.close()
+            return
+        latest = Latest(asyncio.get_running_loop())
+        session = Session(model, latest.put)
+        sessions.add(session)
+
+        async def send():
+            await socket.send_json(welcome())
+            while True:
+                await socket.send_json(await latest.get())
+
+        async def receive():
+            while True:
+                command, value = understand(await socket.receive_text())
+                if command == "seen":
+                    latest.was_seen()
+                else:
+                    session.commands.put((command, value))
+
+        tasks = [asyncio.create_task(send()), asyncio.create_task(receive())]
+        session.start()
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except (NotUnderstood, KeyError):  # KeyError: a binary frame
+            with contextlib.suppress(RuntimeError):
+                await socket.close(1008, "not understood")
+        except (WebSocketDisconnect, RuntimeError):
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            session.ended.set()
+            await asyncio.to_thread(session.join, 5)
+            sessions.discard(session)
+
+    app.mount("/", StaticFiles(directory=ROOT / "page", html=True))
+    app.state.sessions = sessions
+    return app
+
+
+class Server(uvicorn.Server):
+    """Says where it listens as soon as it does."""
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self.address = f"http://{'127.0.0.1' if HOST == '0.0.0.0' else HOST}:{port}"
+            print(f"{self.address}  (Ctrl-C ends it)", flush=True)
+            if OPEN_BROWSER:
+                threading.Thread(target=webbrowser.open, args=(self.address,), daemon=True).start()
+
+
+def make_server(model):
+    """The server for the page, not started yet."""
+    # a page that has vanished is noticed by the missing answer to a ping
+    config = uvicorn.Config(
+        make_app(model), HOST, PORT, log_level="warning", ws_max_size=4096, ws_ping_interval=2, ws_ping_timeout=2
+    )
+    return Server(config)
+
+
+def main():
+    torch.set_num_threads(1)
+    make_server(GitText2ActionWithPrompt.from_policy(ROOT / POLICY)).run()
+
+
+if __name__ == "__main__":
+    checks.run(main)

@@ -1,0 +1,184 @@
+// The page of demo.py: shows what the server sends, sends what the visitor does. Text is only ever set as text.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const ENDS = { lap: "Lap finished", field: "Left the playfield", time: "Time is up" };
+const pressed = new Set();
+let socket, known, drivers = ["policy"], retry;
+
+function send(command, value) {
+  if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ [command]: value }));
+}
+
+function connect() {
+  const address = new URL("drive", location.href);
+  address.protocol = address.protocol.replace("http", "ws");
+  socket = new WebSocket(address);
+  socket.onmessage = (event) => receive(JSON.parse(event.data));
+  socket.onclose = () => {
+    if (!retry) status("not connected; trying again …");
+    retry = setTimeout(connect, 3000);
+  };
+}
+
+function status(text) { $("status").textContent = text; }
+
+function receive(message) {
+  if ("full" in message) {
+    status(`${message.full} visitors are driving, as many as this server takes; you are let in when one leaves`);
+    retry = true;
+  } else if ("answers" in message) {
+    begin(message);
+  } else if ("drives" in message) {
+    show(message);
+  } else if ("asked" in message) {
+    reply(message);
+  } else if ("note" in message) {
+    $("unknown").textContent = message.note;
+  } else if ("unknown" in message) {
+    $("unknown").textContent = unknown(message.unknown);
+  }
+}
+
+function unknown(words) {
+  return words.length ? `not in its vocabulary, read letter by letter: ${words.join(", ")}` : "";
+}
+
+function begin(message) {
+  const again = known !== undefined;
+  known = message;
+  retry = undefined;
+  status("driving");
+  $("sentence").maxLength = $("question").maxLength = message.max_text;
+  if (again) {
+    send("drivers", drivers);
+    send("track", Number($("track").value));
+    if ($("told").dataset.said) send("say", $("told").dataset.said);
+    return;
+  }
+  for (const [name, title] of Object.entries(message.drivers)) {
+    $("first").add(new Option(title, name));
+    $("second").add(new Option(title, name));
+  }
+  for (const sentence of message.instructions) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = sentence;
+    button.onclick = () => send("say", sentence);
+    $("instructions").append(button);
+  }
+  for (const question of message.questions) $("questions").append(new Option(question));
+}
+
+// one panel for each drive, made anew only when their number changes
+function panels(count) {
+  const stage = $("stage");
+  while (stage.children.length > count) stage.lastElementChild.remove();
+  while (stage.children.length < count) {
+    const panel = $("panel").content.cloneNode(true).firstElementChild;
+    for (const answer of known.answers) {
+      const name = document.createElement("span"), meter = document.createElement("meter"), value = document.createElement("output");
+      name.textContent = answer;
+      meter.setAttribute("aria-label", answer);
+      panel.querySelector(".bars").append(name, meter, value);
+    }
+    for (const key of panel.querySelectorAll("[data-key]")) {
+      key.onpointerdown = () => press(key.dataset.key, true);
+      key.onpointerup = key.onpointerleave = () => press(key.dataset.key, false);
+    }
+    stage.append(panel);
+  }
+  return [...stage.children];
+}
+
+function show(message) {
+  panels(message.drives.length).forEach((panel, i) => showDrive(panel, message.drives[i]));
+  $("told").textContent = message.told || "nothing";
+  $("told").dataset.said = message.told;
+  $("nothing").hidden = !message.told;
+  $("pause").setAttribute("aria-pressed", message.paused);
+  if (document.activeElement !== $("track")) $("track").value = message.track;
+  drivers = message.drives.map((drive) => drive.driver);
+  if (document.activeElement !== $("first")) $("first").value = drivers[0];
+  if (document.activeElement !== $("second")) $("second").value = drivers[1] || "";
+  if (document.hidden) send("seen", true);
+  else requestAnimationFrame(() => send("seen", true));
+}
+
+function showDrive(panel, drive) {
+  const find = (name) => panel.querySelector(name);
+  find("img").src = `data:image/jpeg;base64,${drive.picture}`;
+  find("img").alt = `the car of ${known.drivers[drive.driver]} from above`;
+  find(".name").textContent = known.drivers[drive.driver];
+  find(".keys").hidden = drive.driver !== "you";
+  find(".answer").hidden = !drive.answer;
+  find(".answer").textContent = drive.answer || "";
+  const differs = Boolean(drive.answer) && drive.answer !== drive.action;
+  find(".action").textContent = drive.action ? `${differs ? "but it does: " : "action: "}${drive.action}` : "";
+  find(".action").classList.toggle("differs", differs);
+  find(".scene").textContent = drive.scene;
+  find(".bars").hidden = !drive.probabilities;
+  (drive.probabilities || []).forEach((p, i) => {
+    const [name, meter, value] = [...find(".bars").children].slice(3 * i, 3 * i + 3);
+    name.classList.toggle("taken", known.answers[i] === drive.action);
+    meter.value = p;
+    value.textContent = p.toFixed(2);
+  });
+  find(".speed").textContent = drive.speed.toFixed(0);
+  find(".return").textContent = drive.return.toFixed(0);
+  find(".lap").textContent = `${(100 * drive.lap).toFixed(0)} %`;
+  find(".end").hidden = !drive.end;
+  find(".end").textContent = drive.end ? `${ENDS[drive.end]}: ${drive.return.toFixed(0)} points` : "";
+}
+
+function reply(message) {
+  const question = document.createElement("dt"), answer = document.createElement("dd");
+  question.textContent = message.asked;
+  answer.textContent = [message.reply, unknown(message.unknown)].filter(Boolean).join(" — ");
+  $("replies").prepend(question, answer);
+  while ($("replies").children.length > 20) $("replies").lastElementChild.remove();
+}
+
+function choose(first, second) {
+  drivers = second ? [first, second] : [first];
+  send("drivers", drivers);
+  document.activeElement.blur();
+}
+
+function press(key, down) {
+  if (pressed.has(key) === down) return;
+  if (down) pressed.add(key); else pressed.delete(key);
+  send("keys", [...pressed]);
+}
+
+$("say").onsubmit = (event) => {
+  event.preventDefault();
+  send("say", $("sentence").value);
+  $("sentence").value = "";
+};
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  if ($("question").value.trim()) send("ask", $("question").value);
+  $("question").select();
+};
+$("nothing").onclick = () => send("say", "");
+$("first").onchange = $("second").onchange = () => choose($("first").value, $("second").value);
+$("compare").onclick = () => choose("answers", "policy");
+$("race").onclick = () => choose("you", "policy");
+$("track").onchange = () => { send("track", Math.floor(Number($("track").value)) || 0); $("track").blur(); };
+$("random").onclick = () => send("track", Math.floor(Math.random() * 100000));
+$("restart").onclick = () => send("restart", true);
+$("pause").onclick = () => send("pause", $("pause").getAttribute("aria-pressed") !== "true");
+$("attention").onchange = () => send("attention", $("attention").checked);
+
+const typing = () => ["INPUT", "SELECT"].includes(document.activeElement.tagName) && document.activeElement.type !== "checkbox";
+for (const [kind, down] of [["keydown", true], ["keyup", false]]) {
+  addEventListener(kind, (event) => {
+    if (!event.key.startsWith("Arrow") || !drivers.includes("you") || (typing() && down)) return;
+    event.preventDefault();
+    press(event.key, down);
+  });
+}
+addEventListener("blur", () => { for (const key of [...pressed]) press(key, false); });
+
+connect();
