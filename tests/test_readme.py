@@ -122,6 +122,17 @@ def test_ablations_and_speed():
     assert {ratio for row in table(RESULTS, "| what | compared with") for ratio in row[2].split(" / ")} <= medians
 
 
+def test_the_page_costs():
+    measured = read(BENCHMARKS / "page.json")
+    for cells, row in zip(table(RESULTS, "| visitors"), measured["together"], strict=True):
+        assert cells == [str(x) for x in row.values()]
+    latency, soak = measured["latency_ms"], measured["soak"]
+    assert latency["of"] == 50 and f"median {latency['median']} ms, worst {latency['worst']} ms" in RESULTS
+    for number in (soak["memory_mb"][0], soak["memory_mb"][-1]):
+        assert f"{number} MB" in RESULTS
+    assert f"{soak['threads_before']} threads before and {soak['threads_after']} after" in RESULTS
+
+
 def test_one_page_whose_python_runs():
     """The block that is followed by what it prints."""
     assert README.count("\n") <= 150 and len(README.split()) <= 1500
