@@ -34,11 +34,10 @@ import evaluate
 import film
 import instructions
 import questions
-from car_racing_env import FPS, FRAME_SKIP, episode_end
+from car_racing_env import FPS, FRAME_SKIP
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of
 from support import checks
 from support.run_files import ROOT
-from teacher import make_evaluation_env
 
 HOST = "127.0.0.1"  # this machine only; "0.0.0.0" lets others in
 PORT = 0  # 0: a free one
@@ -104,54 +103,34 @@ def make_driver(name, model):
     return makers[name]()
 
 
-class Drive:
-    """One driver on one track, decision by decision."""
+class Drive(film.Drive):
+    """A drive as the page shows it."""
 
     def __init__(self, name, model, track):
-        self.name, self.driver = name, make_driver(name, model)
-        self.reads = hasattr(self.driver, "model")
-        self.env = make_evaluation_env(render_mode="rgb_array")
-        self.obs, self.info = self.env.reset(seed=track)
-        self.total, self.end, self.decision, self.scene, self.facts = 0.0, "", 0, "", {}
+        super().__init__(make_driver(name, model), track)
+        self.name, self.facts = name, {}
 
     def tell(self, sentence):
         """Put an instruction in force."""
         self.driver.told = SENTENCES.get(sentence, instructions.RACE) if self.name == "teacher" else sentence
 
-    def step(self):
+    def advance(self):
         """One decision, unless the episode has ended."""
         if self.end:
             return
-        if self.reads and self.decision % film.SCENE_EVERY == 0:
-            question = film.SCENE_QUESTIONS[self.decision // film.SCENE_EVERY % len(film.SCENE_QUESTIONS)]
-            self.scene = self.ask(question)
-        action = int(self.driver(self.obs[None], {"state": self.info["state"][None]})[0])
-        words, probabilities = None, None
-        if self.reads:
-            words = self.driver.model.answer(self.obs[None], self.driver.told)[0]
-            probabilities = self.driver.probabilities(self.obs[None])[0].tolist()
-        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
-        self.total, self.decision = self.total + reward, self.decision + 1
-        self.end = episode_end(terminated, truncated, self.info)
-        self.facts = {"answer": words, "action": answer_of(action), "probabilities": probabilities}
-
-    def ask(self, question):
-        """The model's answer to a question about the present frame."""
-        return self.driver.model.ask(self.obs[None], question)[0].capitalize()
+        action, answer, probabilities = self.decide()
+        self.facts = {"answer": answer, "action": answer_of(action), "probabilities": probabilities}
+        self.step(action)
 
     def show(self, attention):
         """What the page shows of it: a dict for JSON."""
-        picture, base = self.env.render(), self.env.unwrapped
-        if attention and self.reads:
-            heat = film.attention(self.driver.model, self.obs[None], self.driver.told)[0]
-            picture = film.overlay(picture, heat.cpu().numpy())
-        jpeg = io.BytesIO()
-        Image.fromarray(picture).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+        base, jpeg = self.env.unwrapped, io.BytesIO()
+        Image.fromarray(self.picture(attention)).save(jpeg, "JPEG", quality=JPEG_QUALITY)
         return self.facts | {
             "driver": self.name,
             "reads": self.reads,
             "picture": base64.b64encode(jpeg.getvalue()).decode(),
-            "speed": round(base.car.hull.linearVelocity.length, 1),
+            "speed": round(self.speed, 1),
             "return": round(self.total, 1),
             "lap": round(base.tile_visited_count / len(base.track), 3),
             "scene": self.scene,
@@ -180,7 +159,7 @@ class Session(threading.Thread):
                 changed = self.obey()
                 if not self.paused or changed:
                     for drive in self.drives if not self.paused else []:
-                        drive.step()
+                        drive.advance()
                     shown = [drive.show(self.attention) for drive in self.drives]
                     self.send({"drives": shown, "track": self.track, "told": self.told, "paused": self.paused})
                 over = all(drive.end for drive in self.drives)

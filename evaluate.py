@@ -72,13 +72,18 @@ class Answers:
         self.model, self.told, self.words, self.unparsable = model, told, 0, 0
 
     def __call__(self, frames, infos):
-        texts = self.model.answer(frames, self.told)
+        return self.act(self.model.answer(frames, self.told))
+
+    def act(self, texts):
+        """The simulator's actions for generated words."""
         self.words += len(texts)
         self.unparsable += sum(text not in ANSWERS for text in texts)
         return np.array([ANSWERS.get(text, 0) for text in texts])
 
-    def probabilities(self, frames):
-        return self.model.encode(frames, self.told)[1].exp()
+    def explain(self, frames):
+        """Actions, the words, and the probabilities of the five answers, (N, 5)."""
+        texts = self.model.answer(frames, self.told)
+        return self.act(texts), texts, self.model.encode(frames, self.told)[1].exp()
 
 
 class Policy:
@@ -93,6 +98,11 @@ class Policy:
     @torch.no_grad()
     def probabilities(self, frames):
         return self.model(frames, self.told)[0].softmax(-1)
+
+    def explain(self, frames):
+        """Actions, the model's words, and the probabilities of the five actions, (N, 5)."""
+        probabilities = self.probabilities(frames)
+        return to_simulator(probabilities.argmax(1)), self.model.answer(frames, self.told), probabilities
 
 
 def named_target(name):

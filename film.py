@@ -21,34 +21,61 @@ SCENE_QUESTIONS = ("How does the road bend next?", "How fast is the car?", "Wher
 SCENE_EVERY = 25  # decisions between two of them
 
 
+class Drive:
+    """One driver on one track, decision by decision: `decide`, perhaps look at it, `step`."""
+
+    def __init__(self, driver, track_seed):
+        self.driver, self.reads = driver, hasattr(driver, "model")
+        self.env = make_evaluation_env(render_mode="rgb_array")
+        self.obs, self.info = self.env.reset(seed=track_seed)
+        self.total, self.end, self.decision, self.scene = 0.0, "", 0, ""
+
+    def decide(self):
+        """The simulator's action for the present frame, and the answer and the five probabilities, None without a model."""
+        if not self.reads:
+            return int(self.driver(self.obs[None], {"state": self.info["state"][None]})[0]), None, None
+        if self.decision % SCENE_EVERY == 0:
+            self.scene = self.ask(SCENE_QUESTIONS[self.decision // SCENE_EVERY % len(SCENE_QUESTIONS)])
+        actions, answers, probabilities = self.driver.explain(self.obs[None])
+        return int(actions[0]), answers[0], probabilities[0].tolist()
+
+    def ask(self, question):
+        """The model's answer to a question about the present frame."""
+        return self.driver.model.ask(self.obs[None], question)[0].capitalize()
+
+    def picture(self, heat_map=False):
+        """The present frame as rendered, uint8 (400, 600, 3), with what the prompt's last token looks at if asked."""
+        frame = self.env.render()
+        if heat_map and self.reads:
+            frame = overlay(frame, attention(self.driver.model, self.obs[None], self.driver.told)[0].cpu().numpy())
+        return frame
+
+    @property
+    def speed(self):
+        """Units per second."""
+        return self.env.unwrapped.car.hull.linearVelocity.length
+
+    def step(self, action):
+        """Act."""
+        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+        self.total, self.decision = self.total + reward, self.decision + 1
+        self.end = episode_end(terminated, truncated, self.info)
+
+
 def drive(driver, track_seed, heat_map=False):
     """Drive one track; yields for each decision a picture, uint8 (560, 600, 3), and the return after it.
 
     The frame large; below it prompt, answer, action, probabilities, a sentence about the scene, speed and return. Drivers
     without a model get the frame, the action and the numbers.
     """
-    env = make_evaluation_env(render_mode="rgb_array")
-    obs, info = env.reset(seed=track_seed)
-    total, end, decision, scene = 0.0, "", 0, ""
-    while not end:
-        action = int(driver(obs[None], {"state": info["state"][None]})[0])
-        words, probabilities, frame = None, None, env.render()
-        if hasattr(driver, "model"):
-            words = driver.model.answer(obs[None], driver.told)[0]
-            probabilities = driver.probabilities(obs[None])[0].tolist()
-            if SCENE_QUESTIONS and decision % SCENE_EVERY == 0:
-                question = SCENE_QUESTIONS[decision // SCENE_EVERY % len(SCENE_QUESTIONS)]
-                scene = driver.model.ask(obs[None], question)[0].capitalize()
-            if heat_map:
-                frame = overlay(frame, attention(driver.model, obs[None], driver.told)[0].cpu().numpy())
-        speed = env.unwrapped.car.hull.linearVelocity.length
-        prompt = f"{driver.told}\n{driver.model.question}".strip() if words else PROMPT
-        picture = compose(frame, prompt, words, scene, answer_of(action), probabilities, speed, total)
-        decision += 1
-        obs, reward, terminated, truncated, info = env.step(action)
-        total += reward
-        end = episode_end(terminated, truncated, info)
-        yield picture, total
+    car = Drive(driver, track_seed)
+    while not car.end:
+        action, answer, probabilities = car.decide()
+        prompt = f"{driver.told}\n{driver.model.question}".strip() if car.reads else PROMPT
+        frame, name = car.picture(heat_map), answer_of(action)
+        picture = compose(frame, prompt, answer, car.scene, name, probabilities, car.speed, car.total)
+        car.step(action)
+        yield picture, car.total
 
 
 def record_video(driver, track_seed, path, heat_map=False):

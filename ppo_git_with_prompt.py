@@ -193,8 +193,8 @@ def rollout(envs, obs, model, num_steps):
             last_frame = infos["final_obs"][i] if ended[i] else frames[i]
             data["next_value"][t, i] = model(last_frame[None], told[i])[1][0]
         for i in np.flatnonzero(ended):
-            facts = infos["final_info"]["episode_summary"] | {"told": np.arange(envs.num_envs) < INSTRUCTED_ENVS}
-            episodes.append((t, {name: x[i] for name, x in facts.items() if not name.startswith("_")}))
+            facts = {name: x[i] for name, x in infos["final_info"]["episode_summary"].items() if name[0] != "_"}
+            episodes.append((t, facts | {"told": int(i < INSTRUCTED_ENVS)}))
     data["next_value"] += (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
     return obs, data, episodes, obedience
 

@@ -133,10 +133,11 @@ def draw(measured, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.5), layout="constrained")
     drivers = {"answers": "tab:green", "policy": "tab:orange", "teacher": "tab:blue"}
     markers = {"taught": "o", "held_out": "s", "new": "^", "nothing": "x"}
-    names = list(dict.fromkeys(row["instruction"] for row in measured["policy"]["rows"] if row["group"] in CASES))
+    parts = {driver: measured[driver]["rows"] for driver in drivers if driver in measured}
+    names = list(dict.fromkeys(row["instruction"] for part in parts.values() for row in part if row["group"] in CASES))
     for i, (driver, color) in enumerate(drivers.items()):
         for group, marker in markers.items():
-            rows = [row for row in measured.get(driver, {"rows": []})["rows"] if row["group"] == group]
+            rows = [row for row in parts.get(driver, []) if row["group"] == group]
             if not rows or (group == "nothing" and driver != "policy"):
                 continue
             looks = {"marker": marker, "color": color, "s": 28, "facecolors": "none" if group == "held_out" else color}
@@ -145,7 +146,7 @@ def draw(measured, path):
             left.scatter([100 * row["obeyed"] for row in rows], places, label=f"{driver}, {GROUPS[group]}", **looks)
             if driver == "policy" and group != "nothing":
                 right.scatter([row["mean_offset"] for row in rows], [row["mean_speed"] for row in rows], **looks)
-    for row in measured["policy"]["rows"]:
+    for row in parts.get("policy", []):
         if row["group"] in ("taught", "new"):
             place = row["mean_offset"], row["mean_speed"]
             right.annotate(row["instruction"], place, fontsize=7, xytext=(5, 3), textcoords="offset points")

@@ -41,8 +41,8 @@ def serve(port):
 
 
 def visit(address, until, said=()):
-    """Watch until a time, or until all of `said` is in force; returns the pictures' arrival times and the seconds that each
-    sentence took to be in force in a picture."""
+    """Watch until a time and say the sentences of `said` meanwhile; returns the pictures' arrival times and the seconds that
+    each sentence took to be in force in a picture."""
     pictures, latencies, told, asked = [], [], None, 0.0
     with connect(f"ws://{address}/drive") as socket:
         socket.recv()

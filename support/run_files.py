@@ -173,7 +173,7 @@ class RunLogs:
 
     def episode(self, row):
         """A finished episode; of one under instructions the return says little and gets a name of its own."""
-        self.rewards.write(row | {"told": int(row["told"])})
+        self.rewards.write(row)
         told = "_told" if row["told"] else ""
         self._scalars({f"charts/episodic_{name}{told}": row[name] for name in ("return", "length")}, row)
 
