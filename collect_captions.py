@@ -204,17 +204,10 @@ def main():
     began = time.time()
     if ANSWER_BY not in ("teacher", "policy"):
         raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
-    script, output = Path(__file__).name, ROOT / OUTPUT_DIR
-    output = run_files.check_own(output, script)
+    output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     load_drivers(POLICY)  # what is missing fails here, not in a worker
-    run = run_files.describe_run(
-        globals(),
-        vars(model_file),
-        vars(car_racing_env),
-        vars(perturbations),
-        teacher_hash=run_files.file_hash(ROOT / TEACHER),
-        instructions=instructions.digest(),
-    )
+    facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER), "instructions": instructions.digest()}
+    run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
     print(f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the shipped "
           f"sample comes back with: git checkout {OUTPUT_DIR}), 2 to 6 minutes for 47,000 on two CPU cores")  # fmt: skip
     partial = output.with_name(output.name + ".partial")

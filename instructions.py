@@ -421,6 +421,8 @@ def say(name, rng, split="taught", varied_share=0.0):
 
 def obeyed_shares(obedience):
     """Share of all decisions in which what was told was the case, from pairs `(kind, obeyed)`; nan for kinds never told."""
+    if not obedience:
+        return {}
     kinds = [kind for kind in KINDS if kind not in ("race", "chatter", "garbled")]  # nothing to obey
     obeyed = {kind: [x for k, x in obedience if k == kind] or [np.nan] for kind in kinds}
     return {f"obeyed_{kind}": float(np.mean(x)) for kind, x in obeyed.items()}

@@ -8,8 +8,7 @@ eval_log.csv, graphs, videos, policy/ (the running average of the weights), stat
 What differs from textbook PPO: the backbone is frozen and runs once per decision, the epochs train the heads on its
 stored features; the language model's answer is added to the action logits as a prior; dropout masks are stored too, so
 that the ratio is 1 before the first step; the policy stands still while the value warms up; advantages are centred, not
-scaled; the training rewards (car_racing_env.py) weigh mistakes against haste as the task does; the running average of
-the weights is evaluated and kept, not the best of a few evaluations.
+scaled; rewards weigh mistakes against haste as the task does; a running average of the weights is kept.
 """
 
 import contextlib
@@ -127,12 +126,6 @@ class ReturnNormalizer:
         self.mean, self.var, self.count = self.mean + delta * n / total, m2 / total, total
         return reward / (self.var + 1e-8) ** 0.5
 
-    def state_dict(self):
-        return {name: getattr(self, name) for name in ("discounted", "mean", "var", "count")}
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-
 
 def explained_variance(value, returns):
     """1 - Var(returns - value) / Var(returns): 1 is perfect, 0 as good as the mean."""
@@ -143,10 +136,8 @@ def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, r
     """The training environments, each in a process of its own; start them before torch starts its threads."""
     instructed = {"draw_instruction": instructions.draw, "change": CHANGE, "thrown": THROWN}
     make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
-    makers = []
-    for i in range(num_envs):
-        settings = instructed if i < INSTRUCTED_ENVS else {}
-        makers.append(functools.partial(make, seed * 10_000 + rank * num_envs + i, **settings))
+    settings = [instructed if i < INSTRUCTED_ENVS else {} for i in range(num_envs)]
+    makers = [functools.partial(make, seed * 10_000 + rank * num_envs + i, **x) for i, x in enumerate(settings)]
     return processes.Simulators(makers, "SAME_STEP")
 
 
@@ -162,14 +153,7 @@ def rollout(envs, obs, model, num_steps):
     Returns the next `obs`, a dict of tensors (T, N, ...), the finished episodes as pairs `(decision, facts)`, and what
     was told and whether it was done as pairs `(kind, obeyed)`; kind is None or "" where nothing was.
     """
-    zeros = functools.partial(torch.zeros, num_steps, envs.num_envs, device=model.device)
-    data = {name: zeros() for name in ("log_prob", "value", "reward", "terminated", "done", "next_value")}
-    data |= {"features": zeros(model.feature_size), "answer_log_probs": zeros(len(model.answers))}
-    data |= {"dropout": zeros(model.head_size), "action": zeros(dtype=torch.int64)}
-    if model.has_lora:  # its features change: what they are made of is kept
-        data["frames"] = zeros(*obs[0].shape[1:], dtype=torch.uint8)
-        data["instructions"] = np.empty((num_steps, envs.num_envs), dtype=object)  # sentences
-    episodes, obedience = [], []
+    steps, sentences, followed, episodes, obedience = [], [], {}, [], []
     for t in range(num_steps):
         features, answer_log_probs = model.encode(*obs)
         dropout = model.draw_dropout(envs.num_envs)
@@ -178,24 +162,28 @@ def rollout(envs, obs, model, num_steps):
         action = torch.multinomial(log_probs.exp(), 1)[:, 0]
         step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
         step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
-        if model.has_lora:
-            data["frames"][t], data["instructions"][t] = torch.from_numpy(obs[0]), obs[1]
-
+        if model.has_lora:  # its features change: what they are made of is kept
+            step["frames"] = torch.from_numpy(obs[0].copy())
+        sentences.append(obs[1])
         frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
         ended, told = terminated | truncated, obs[1]
         obs = observe(frames, infos)
         changed = ~ended & [now != before for now, before in zip(obs[1], told)]  # what was told is cut off
-        step |= {"reward": reward, "terminated": terminated, "done": ended | changed}
-        for name, x in step.items():
-            data[name][t] = torch.as_tensor(x)
+        for name, x in {"reward": reward, "terminated": terminated, "done": ended | changed}.items():
+            step[name] = torch.as_tensor(x, dtype=torch.float32, device=model.device)
+        steps.append(step)
         obedience += zip(infos.get("kind", ()), infos.get("obeyed", ()))
         for i in np.flatnonzero(changed | (truncated & ~terminated)):  # the road goes on
             last_frame = infos["final_obs"][i] if ended[i] else frames[i]
-            data["next_value"][t, i] = model(last_frame[None], told[i])[1][0]
+            followed[t, i] = model(last_frame[None], told[i])[1][0]
         for i in np.flatnonzero(ended):
             facts = {name: x[i] for name, x in infos["final_info"]["episode_summary"].items() if name[0] != "_"}
             episodes.append((t, facts | {"told": int(i < INSTRUCTED_ENVS)}))
-    data["next_value"] += (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
+    data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    data["instructions"] = np.array(sentences, dtype=object)
+    data["next_value"] = (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
+    for step, value in followed.items():
+        data["next_value"][step] = value
     return obs, data, episodes, obedience
 
 
@@ -208,9 +196,8 @@ def normalize_rewards(normalizer, reward, done, accelerator):
 
 def compute_loss(model, batch, mean_advantage, warming_up):
     """The loss of some stored decisions, and the terms it is made of; while warming up it is the value's alone."""
-    features = batch["features"]
-    if model.has_lora and not warming_up:
-        features = model.features(batch["frames"], batch["instructions"])
+    learned = model.has_lora and not warming_up
+    features = model.features(batch["frames"], batch["instructions"]) if learned else batch["features"]
     logits, value = model.head(features, batch["answer_log_probs"], batch["dropout"])
     # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
     advantage = batch["advantage"] - mean_advantage
@@ -268,8 +255,7 @@ def train(
 ):  # fmt: skip
     """Train `model` in `envs`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
 
-    These are the number of updates done, the episodes that ended in the last one as `(decision, facts)`, numbers for a
-    log, and what another call needs as `state` to go on (live tensors: save or copy it).
+    Episodes are pairs `(decision, facts)`; another call goes on from `state` (its tensors are live: save or copy it).
     """
     optimizer, normalizer = make_optimizer(model), ReturnNormalizer(accelerator.num_processes * envs.num_envs, gamma)
     average = {name: p.clone() for name, p in model.trained_parameters().items()}
@@ -277,7 +263,7 @@ def train(
         model.load_trained(state["model"], "state.pt")
         average = {name: p.to(model.device) for name, p in state["average"].items()}
         optimizer.load_state_dict(state["optimizer"])
-        normalizer.load_state_dict(state["normalizer"])
+        vars(normalizer).update(state["normalizer"])
         own = state["processes"][accelerator.process_index]
         processes.set_rng_state(own["rng"], model.device)
         envs.set_attr("resume_from", own["episodes"])
@@ -286,7 +272,7 @@ def train(
     def saved_state(number):
         own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
         state = {"update": number, "model": model.trained_parameters(), "average": average}
-        state |= {"optimizer": optimizer.state_dict(), "normalizer": normalizer.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "normalizer": vars(normalizer)}
         return state | {"processes": gather_object([own])}
 
     if not state:
@@ -308,14 +294,10 @@ def train(
         for name, p in model.trained_parameters().items():
             average[name].lerp_(p, 1 - AVERAGE)
         seconds = time.time() - began
-        diagnostics |= {
-            "explained_variance": explained_variance(batch["value"], batch["returns"]),
-            "decisions_per_second": accelerator.num_processes * len(batch["value"]) / seconds,
-            "update_share": 1 - rollout_seconds / seconds,
-            "seconds": seconds,
-        }
-        if obedience := gather_object(obedience):
-            diagnostics |= instructions.obeyed_shares(obedience)
+        diagnostics["explained_variance"] = explained_variance(batch["value"], batch["returns"])
+        diagnostics["decisions_per_second"] = accelerator.num_processes * len(batch["value"]) / seconds
+        diagnostics |= {"update_share": 1 - rollout_seconds / seconds, "seconds": seconds}
+        diagnostics |= instructions.obeyed_shares(gather_object(obedience))
         yield number, gather_object(episodes), diagnostics, saved_state(number)
 
 
@@ -333,9 +315,8 @@ def main():
         model, averaged = load_model(), load_model()
         if rank:
             torch.manual_seed(SEED + rank)  # the same heads, other actions
-        modules = globals(), *map(vars, (model_file, car_racing_env, perturbations))
         facts = {"processes": world_size, "instructions": instructions.digest()} | model.source
-        run = run_files.describe_run(*modules, **facts)
+        run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
         driver, state, episode = evaluate.Policy(averaged), None, 0
         if RESUME:
             run, state = run_files.continue_run(results, run, MAY_CHANGE), run_files.load_state(results / "state.pt")
