@@ -50,7 +50,8 @@ VALIDATION_TRACKS = range(100_000, 100_100)
 KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
 BURST_START = 0.025  # chance per decision that random actions take over, so that recoveries are in the data
 BURST_LONGEST = 7  # decisions
-THROWN = 0.006  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
+THROWN = 0.009  # chance per decision, and at the start, that the car is thrown about, so that coming back is seen
+SPED_UP = 0.3  # share of the throws that only make it fast; the others turn it
 TOLD_SHARE = 0.45  # of the time the driver follows an instruction
 CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
 DREAMED = 4  # instructions under which each frame is labelled
@@ -85,6 +86,7 @@ class Settings(NamedTuple):
     burst_start: float = BURST_START
     burst_longest: int = BURST_LONGEST
     thrown: float = THROWN
+    sped_up: float = SPED_UP
     told_share: float = TOLD_SHARE
     change: float = CHANGE
     dreamed: int = DREAMED
@@ -102,7 +104,7 @@ def collect_episode(track_seed, settings, split="taught"):
     """
     teacher, model = load_drivers(settings.policy)
     rng, varied = np.random.default_rng(track_seed), settings.varied if split == "taught" else 0.0
-    env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown)
+    env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown, settings.sped_up)
     draw = functools.partial(instructions.draw, share=settings.told_share)
     env = car_racing_env.Instructed(env, draw, settings.change)
     env = PrivilegedState(RandomBursts(env, track_seed, settings.burst_start, settings.burst_longest))

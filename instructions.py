@@ -283,7 +283,7 @@ COMBINATIONS = {
     for side in ("left", "middle", "right")
 } - HELD_OUT_COMBINATIONS
 
-COMBINATION_SHARE = 0.1  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
+COMBINATION_SHARE = 0.3  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
 # how often a sentence that names the other side is said in training, relative to the others: said as often, neither "left"
 # nor "right" tells much by itself, and LoRA had not learned which is which (LOG.md)

@@ -43,14 +43,14 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: with probability `at_start` at once, later with `chance` per decision.
 
-    Sped up to more than the teacher ever drives, or turned by any angle and, half of the time, put anywhere across road and
+    Sped up to more than the teacher ever drives (a share `sped_up` of the throws), or turned by any angle and, half of the time, put anywhere across road and
     verge; its velocity then turns along, stays as it was (the car slides), or is a new one. Draws come from the episode's
     seed; `info["thrown"]` says when it was turned: what a car that was only sped up does is its driver's doing.
     """
 
-    def __init__(self, env, at_start=0.0, chance=0.0):
+    def __init__(self, env, at_start=0.0, chance=0.0, sped_up=SPED_UP):
         super().__init__(env)
-        self.at_start, self.chance = at_start, chance
+        self.at_start, self.chance, self.sped_up = at_start, chance, sped_up
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
@@ -68,7 +68,7 @@ class Throws(gym.Wrapper):
     def throw(self):
         """One throw, now; returns whether the car was turned."""
         car, rng, road = self.unwrapped.car, self.rng, self.get_wrapper_attr("road")
-        if rng.random() < SPED_UP:
+        if rng.random() < self.sped_up:
             direction = np.array([-np.sin(car.hull.angle), np.cos(car.hull.angle)])
             move_car(car, 0.0, velocity=rng.uniform(*SPED_UP_TO) * direction)
             return False

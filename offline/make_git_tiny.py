@@ -49,7 +49,8 @@ VALIDATION_TRACKS = range(100_000, 110_000)
 KEEP = 0.2  # share of decisions that become frames: neighbours look alike
 BURST_START = 0.06  # stronger bursts than in the captions: the eyes should know every situation
 BURST_LONGEST = 8  # decisions
-THROWN = 0.006  # chance per decision that the car is thrown about
+THROWN = 0.012  # chance per decision that the car is thrown about
+SPED_UP = 0.3  # share of the throws that only make it fast; with few that turn it, it does not see that it drives the wrong way
 TOLD_SHARE = 0.5  # of the time it drives under a target
 CHANGE = 0.01  # chance per decision that the target changes
 STUCK_LIMIT = 60  # decisions with all wheels on grass that end an episode
@@ -85,10 +86,10 @@ def load_driver():
     return load_teacher()
 
 
-def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, told_share, change):
+def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, sped_up, told_share, change):
     """One episode: frames uint8 (n, 96, 96, 3), a dict of answers for each, and its speed and offset."""
     teacher, rng = load_driver(), np.random.default_rng(track_seed)
-    env = Throws(car_racing_env.make_env(draw=False), thrown, thrown)
+    env = Throws(car_racing_env.make_env(draw=False), thrown, thrown, sped_up)
     env = car_racing_env.Instructed(env, functools.partial(draw_target, share=told_share), change)
     env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
     _, info = env.reset(seed=track_seed)
@@ -110,7 +111,7 @@ def collect(tracks, num_frames):
     frames, answers, motion = [], [], []
     job = functools.partial(
         drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT, thrown=THROWN,
-        told_share=TOLD_SHARE, change=CHANGE,
+        sped_up=SPED_UP, told_share=TOLD_SHARE, change=CHANGE,
     )  # fmt: skip
     with (
         processes.workers(NUM_WORKERS) as run_jobs,
