@@ -1,6 +1,7 @@
 """FastCarRacing against Gymnasium's class, the answers' effects and the training wrappers."""
 
 import dataclasses
+import gc
 
 import gymnasium as gym
 import numpy as np
@@ -258,3 +259,17 @@ def test_an_instruction_pays_in_place_of_the_tiles():
     difference = plain.step(ACCELERATE)[1] - told.step(ACCELERATE)[1]
     road.look()
     assert difference == pytest.approx(2 * (3 - road.offset) / 6, abs=0.01)
+
+
+def test_a_closed_simulator_leaves_nothing_behind():
+    def objects_after_a_visit():
+        env = make_env(draw=False)
+        env.reset(seed=1)
+        env.step(ACCELERATE)
+        env.close()
+        del env
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = [objects_after_a_visit() for _ in range(2)][1]
+    assert objects_after_a_visit() < before + 50  # a track has some 300 tiles
