@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 
+import torch
+
 from support import checks, run_files
 
 context = multiprocessing.get_context("forkserver")
@@ -60,9 +62,6 @@ def run(function, *args):
     return Toy(function, *args).end()
 
 
-# what may happen to a process
-
-
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -89,9 +88,6 @@ def at_call(number, holder, name, event):
     setattr(holder, name, watched)
 
 
-# what it leaves
-
-
 def files(folder):
     """The content of every file in a folder, by name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -101,3 +97,12 @@ def rows(path):
     """A log without the columns that a clock fills."""
     clock = ("decisions_per_second", "update_share", "seconds")
     return [{name: x for name, x in row.items() if name not in clock} for row in run_files.read_log(path)]
+
+
+def same(a, b):
+    """Whether two states are equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
