@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_GitText2ActionWithPrompt import randomize
+from test_GitText2ActionWithPrompt import inputs, randomize
 from torch.nn import functional as F
 
 import captions
 import train_git_lora_carllava_style as stage2
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, prompt_ids
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from instructions import WISH_QUESTION, WORDINGS
 
 
@@ -29,22 +29,21 @@ def data():
 def test_only_the_answer_is_supervised(toy_model, data):
     """The plain question, two instructions, their wishes, a question about the scene: against the tokenizer."""
     tokenizer = toy_model.processor.tokenizer
-    samples = [data[i] for i in range(5)]
-    batch = captions.Collator(toy_model.processor, captions.all_texts)(samples)
-    assert batch["input_ids"].shape[:2] == (5, 6) and batch["pixel_values"].max() > 1
-    for (_, row), texts, labels in zip(samples, batch["input_ids"], batch["labels"]):
+    batch = captions.Collator(toy_model.processor, captions.all_texts)(data)
+    assert batch["input_ids"].shape[:2] == (10, 6) and batch["pixel_values"].max() > 1
+    for (_, row), texts, labels in zip(data, batch["input_ids"], batch["labels"]):
         expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
-        expected += [
-            ("Keep left. What do I want?", "Keep left."),
-            ("Speed thirty. What do I want?", "Drive at speed thirty."),
-        ]
+        expected.append(("Keep left. What do I want?", "Keep left."))
+        expected.append(("Speed thirty. What do I want?", "Drive at speed thirty."))
         expected.append((row["asked"][0]["question"], row["asked"][0]["text"]))
         for ids, label, (prompt, answer) in zip(texts, labels, expected):
-            supervised = label != -100
-            assert tokenizer.decode(label[supervised]) == tokenizer.decode(tokenizer(answer).input_ids[1:])
-            assert torch.equal(label[supervised], ids[supervised])
-            read = ids[(ids != tokenizer.pad_token_id) & ~supervised]
-            assert tokenizer.decode(read) == tokenizer.decode(tokenizer(prompt).input_ids[:-1])
+            supervised, prompt, answer = (
+                label != -100,
+                tokenizer(prompt).input_ids[:-1],
+                tokenizer(answer).input_ids[1:],
+            )
+            assert label[supervised].tolist() == ids[supervised].tolist() == answer
+            assert ids[(ids != tokenizer.pad_token_id) & ~supervised].tolist() == prompt
 
 
 def test_training_texts_vary_in_wording_and_keep_their_answers(data):
@@ -61,44 +60,37 @@ def test_training_texts_vary_in_wording_and_keep_their_answers(data):
 
 
 def test_validation_counts_what_the_model_says(toy_base, data):
-    """And it reads the weights as they are now."""
+    """And it reads the weights as they are now: losses by Hugging Face's forward; exact is the end, said at once."""
     said = iter(["Coast", "Brake", "Turn left", "Turn left", "nonsense", *ANSWERS])
 
     class Scripted(GitText2ActionWithPrompt):
         def answer(self, frames):
             return [next(said) for _ in frames]
 
-    model = Scripted.from_pretrained(toy_base)
+    model, losses = Scripted.from_pretrained(toy_base), []
     randomize(model.git, "value.weight", "output.weight")
+    model.git.output.bias[model.processor.tokenizer.sep_token_id] = 10
+    for i, (_, row) in enumerate(data):
+        row["told"][0]["text"] = "" if i < 3 else "Brake"
+        row["asked"] = [{"question": "How fast?", "text": "" if i < 4 else "Fast."}]
     metrics, confusion = stage2.validate(model, data, batch_size=4)
     wrong = confusion - np.eye(5, 6, dtype=np.int64) * [2, 1, 2, 1, 1, 0]
     assert {(i, j): n for (i, j), n in np.ndenumerate(wrong) if n} == {(1, 4): 1, (3, 2): 1, (4, 5): 1}
-    samples, losses = [data[i] for i in range(10)], []
-    for frame, row in samples:
+    for frame, row in data:
         for told, question, answer in captions.all_texts(row):
-            prompt = prompt_ids(model.processor.tokenizer, told, question)
-            words = model.processor.tokenizer(answer).input_ids[1:]
-            tokens = torch.tensor([prompt + words])
-            pixels = model.processor.image_processor(frame, return_tensors="pt").pixel_values
-            logits = model.git(pixel_values=pixels, input_ids=tokens).logits[0, -len(words) - 1 : -1]
-            losses.append(F.cross_entropy(logits, torch.tensor(words)).item())
+            asked = inputs(model, torch.tensor(frame)[None], f"{told} {question}")
+            words = torch.tensor(model.processor.tokenizer(answer).input_ids[1:])
+            asked["input_ids"] = torch.cat([asked["input_ids"], words[None]], 1)
+            losses.append(F.cross_entropy(model.git(**asked).logits[0, -len(words) - 1 : -1], words).item())
     assert metrics["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     names = ("exact_left_taught", "exact_speed_held_out", "exact_wish_taught", "exact_wish_held_out", "exact_scene")
-    exact = {name: metrics[name] for name in names}
-    right = [
-        model.ask(frame[None], question, told)[0] == answer.lower()
-        for frame, row in samples
-        for told, question, answer in captions.all_texts(row)[1:]
-    ]
-    assert [*exact.values()] == pytest.approx(np.array(right).reshape(10, 5).mean(0).tolist())
+    assert [metrics[name] for name in names] == [0.3, 0, 0, 0, 0.4]
 
 
 def test_summary_of_a_known_confusion():
     """Rows: teacher's Coast, Accelerate, Turn left, Turn right, Brake."""
     confusion = np.zeros((5, 6), dtype=np.int64)
     confusion[1, 1], confusion[1, 2], confusion[2, 2], confusion[2, 5], confusion[3, 2] = 45, 5, 20, 10, 20
-    metrics = stage2.summarize(confusion)
     recalls = {"coast": np.nan, "accelerate": 45 / 50, "turn_left": 20 / 30, "turn_right": 0, "brake": np.nan}
-    expected = {"exact_match": 65 / 100, "majority_share": 50 / 100}
-    expected |= {f"recall_{name}": recall for name, recall in recalls.items()}
-    assert metrics == pytest.approx(expected, nan_ok=True)
+    expected = {"exact_match": 65 / 100, "majority_share": 50 / 100} | {f"recall_{x}": y for x, y in recalls.items()}
+    assert stage2.summarize(confusion) == pytest.approx(expected, nan_ok=True)
