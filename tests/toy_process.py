@@ -57,9 +57,10 @@ class Toy:
         return code, output
 
 
-def run(function, *args):
-    """`function(*args)` in a process of its own: exit code and output."""
-    return Toy(function, *args).end()
+def run(function, *args, code=0, error=False):
+    """`function(*args)` in a process of its own, which must end with `code`, an `error` with one line that says so."""
+    ended, output = Toy(function, *args).end()
+    assert (ended, "error: " in output) == (code, error), output
 
 
 def die():
