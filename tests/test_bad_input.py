@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,13 +54,11 @@ damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), spoil_a_tensor(dict.pop)
 HURT = (remove, damage, bomb, lose_a_tensor, spoil_a_tensor(lambda weights, name: weights[name].fill_(torch.nan)))
 TASK = {"prompt": "Why?", "answers": ["Fly"], "frame_skip": 4}
 HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'
-TRAINER_FILES = [f"checkpoints/checkpoint-12/{name}" for name in ("optimizer.pt", "scheduler.pt")]
 CONSTANTS = [  # script, what its user sets, what the message names
     *((script, {name: "no/such"}, "no/such") for script, name in ((COLLECT, "POLICY"), (STAGE2, "ADAPTER"))),
     *((script, {name: "no/such"}, "no/such") for script, name in ((STAGE2, "BASE_MODEL"), (PPO, "MODEL"))),
     (COLLECT, {"ANSWER_BY": "nobody"}, "ANSWER_BY"),
     *((STAGE2, {name: 1000}, name) for name in ("MIN_FRAMES", "BATCH_SIZE")),
-    (STAGE2, {"MORE_DATA": ("no/captions",)}, "no/captions"),
     (PPO, {"EVAL_TRACKS": range(99_990, 100_010)}, "EVAL_TRACKS"),
     *((script, {"RESUME": True, "LEARNING_RATE": 1e-3}, "LEARNING_RATE") for script in (STAGE2, PPO)),
     (EVALUATE, {"DRIVER": "teacher", "INSTRUCTION": "fly"}, "INSTRUCTION"),
@@ -75,14 +74,13 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     (STAGE2, {}, METADATA, damage, "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "instructions.py"),
-    (STAGE2, {}, DATA_TASK, remove, "task.json"),
     *((STAGE2, {}, BASE, spoil, "git-toy") for spoil in (lose_a_tensor, bomb, bomb_as("pytorch_model.bin"))),
     (STAGE2, {}, "git-toy/processor_config.json", replace('"height": 96', '"height": 48'), "git-toy"),
     (STAGE2, {}, "git-toy/config.json", edit(model_type="bert"), "git-toy"),
     (STAGE2, {"ADAPTER": "ROOT/adapter"}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
-    (STAGE2, {"ADAPTER": "ROOT/adapter"}, ADAPTER, bomb_as("adapter_model.bin"), "adapter"),
     (STAGE2, {"RESUME": True}, "checkpoints", remove, "run.json"),
-    *((STAGE2, {"RESUME": True}, name, bomb, "checkpoint-12") for name in TRAINER_FILES),
+    (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/optimizer.pt", bomb, "checkpoint-12"),
+    (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/scheduler.pt", bomb, "checkpoint-12"),
     (PPO, {}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
     *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (*HURT, bomb_as("adapter_model.bin"))),
     (PPO, {"RESUME": True}, "results/run.json", replace('"lap_bonus": 100.0', '"lap_bonus": 1.0'), "REWARDS"),
@@ -93,7 +91,7 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
 ]
 for stage, path in ((STAGE2, DATA_TASK), (PPO, ADAPTER_TASK), (EVALUATE, POLICY_FACTS)):
     FILES += [(stage, {}, path, edit(**{name: x}), name) for name, x in TASK.items()]
-CASES = [*((script, changes, "", None, named) for script, changes, named in CONSTANTS), *FILES]
+CASES = [*((script, changes, "", Path.exists, named) for script, changes, named in CONSTANTS), *FILES]
 
 
 @pytest.mark.parametrize("name, changes, file, spoil, named", CASES)
@@ -101,8 +99,7 @@ def test_bad_input_is_named_and_changes_nothing(name, changes, file, spoil, name
     root = shutil.copytree(pipeline.root, tmp_path / "run", ignore=shutil.ignore_patterns("*.mp4"))
     for path in root.rglob("*.json"):
         replace(str(pipeline.root), str(root))(path)
-    if spoil:
-        spoil(root / file)
+    spoil(root / file)
     before, history = files(root), {"results/run.json": "may tell of the attempt"}
     changes = {constant: x.replace("ROOT", str(root)) if isinstance(x, str) else x for constant, x in changes.items()}
     with pytest.raises(BadInput, match=named.replace("ROOT", str(root))) as caught:

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pygame
@@ -53,14 +52,8 @@ def test_results_do_not_depend_on_the_number_of_environments():
 
 def test_summary_of_known_returns():
     results = [{"return": r, "end": e} for r, e in ((900, "lap"), (400, "time"), (920, "lap"), (-120, "field"))]
-    std = round(float(np.std([900, 400, 920, -120])), 2)
-    expected = {"mean": 525.0, "std": std, "median": 650.0, "min": -120.0, "max": 920.0}
+    expected = {"mean": 525.0, "std": 426.7, "median": 650.0, "min": -120.0, "max": 920.0}
     assert evaluate.summarize(results) == expected | {"laps_finished_percent": 50.0, "below_500_percent": 50.0}
-
-
-def test_answers_act_by_the_simulators_index_and_nonsense_is_counted(frames):
-    driver = evaluate.Answers(SimpleNamespace(answer=lambda frames, told: ["Turn left", "fly away", "Brake"]))
-    assert driver(frames, {}).tolist() == [2, 0, 4] and (driver.words, driver.unparsable) == (3, 1)
 
 
 @torch.no_grad()
@@ -99,24 +92,17 @@ def stretch():
     return np.stack(frames[::40]), actions[::40], car.total
 
 
-def test_teacher(stretch):
+def test_teacher_base_and_adapter_answer_as_they_did(stretch):
+    """The untaught base answers the question that it is asked; the adapter, under instructions, what to do."""
     assert stretch[1] == GOLDEN_ACTIONS and stretch[2] == pytest.approx(GOLDEN_RETURN, abs=0.01)
-
-
-def test_git_tiny_describes(stretch):
-    """The untaught base answers the question that it is asked."""
-    model = GitText2ActionWithPrompt.from_pretrained(BASE)
+    base, adapter = map(GitText2ActionWithPrompt.from_pretrained, (BASE, ADAPTER))
     said = [f"the car drives at speed {speed}." for speed in GOLDEN_SPEEDS]
-    assert model.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
+    assert base.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
+    assert adapter.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
+    assert adapter.encode(stretch[0])[1][2].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)
 
 
-def test_adapter_answers(stretch):
-    model = GitText2ActionWithPrompt.from_pretrained(ADAPTER)
-    assert model.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
-    assert model.encode(stretch[0])[1][2].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)
-
-
-def test_policy_drives():
+def test_policy_drives_as_it_did():
     """A tile pays 3.6: another machine's rounding may cost a tile, a worse policy costs more."""
     driver = evaluate.Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY))
     car = film.Drive(driver, 100_000)
