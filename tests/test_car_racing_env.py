@@ -8,14 +8,15 @@ import pytest
 import torch
 from gymnasium.envs.box2d.car_racing import CarRacing
 
-from car_racing_env import REWARDS, TRAIN_TRACKS, FrameSkip, TrainingRewards, episode_end, make_env, make_training_env
+import car_racing_env
+from car_racing_env import REWARDS, TRAIN_TRACKS, TrainingRewards, episode_end, make_env, make_training_env
 from evaluate import Teacher
 from fast.car_racing import FastCarRacing
 from GitText2ActionWithPrompt import ANSWERS, to_simulator
 from instructions import RACE, SIDE, Target, Told
 from perturbations import Throws
-from road import FollowRoad, move_car
-from teacher import PrivilegedState
+from road import move_car
+from teacher import make_evaluation_env
 
 ACCELERATE = ANSWERS["Accelerate"]
 FLAT = dataclasses.replace(REWARDS, grass_penalty=10.0, miss_penalty=10.0, penalty_ramp=0.0)  # penalties in full
@@ -26,11 +27,11 @@ FLAT = dataclasses.replace(REWARDS, grass_penalty=10.0, miss_penalty=10.0, penal
     [(1, 300, "erratic", "time"), (2, 1000, "teacher", "lap"), (3, 301, "erratic", "time"),
      (2, 1000, "full gas", "field"), (3, 100, "parked", "time")],
 )  # fmt: skip
-def test_identical_to_stock(skip, limit, driver, end):
+def test_identical_to_stock(skip, limit, driver, end, monkeypatch):
     """Frame by frame to every kind of end; frames 100 and 301 fall inside a skip of 3."""
     stock = gym.wrappers.TimeLimit(CarRacing(continuous=False), limit)
-    fast = gym.wrappers.TimeLimit(FastCarRacing(continuous=False), limit)
-    fast = PrivilegedState(FollowRoad(FrameSkip(fast, skip)))
+    monkeypatch.setattr(car_racing_env, "MAX_FRAMES", limit)
+    fast = make_evaluation_env(skip)
     teacher, rng, ended = Teacher(), np.random.default_rng(skip), ""
     obs, info = fast.reset(seed=8)
     assert np.array_equal(obs, stock.reset(seed=8)[0])

@@ -167,9 +167,6 @@ def test_two_drivers_side_by_side(visit, tmp_path):
     enter(page, "#track", "100066")
     page.click("#compare")
     wait_for(lambda: page.locator(".drive").count() == 2)
-
-    def laps():
-        return [float(x.rstrip(" %")) for x in page.locator(".lap").all_inner_texts()]
-
-    wait_for(lambda: laps()[1] > laps()[0] + 3, 180)
+    laps = page.locator(".lap")
+    wait_for(lambda: float(laps.nth(1).inner_text()[:-2]) > float(laps.nth(0).inner_text()[:-2]) + 3, 180)
     page.screenshot(path=(PICTURES or tmp_path) / "page_compare.png")

@@ -25,11 +25,6 @@ GOLDEN_PROBABILITIES = [0.0, 0.9906, 0.0092, 0.0001, 0.0]  # of the third frame
 GOLDEN_POLICY_RETURN = 127.06  # of the first 100 decisions on validation track 100,000
 
 
-def full_gas(frames, infos):
-    """A driver that soon leaves the field."""
-    return np.full(len(infos["state"]), ANSWERS["Accelerate"])
-
-
 def test_results_do_not_depend_on_the_number_of_environments():
     """Three tracks, one and two at a time, and as in a film: the teacher, who forgets the bends when he is fast."""
     tracks, teacher, expected, asked = (100_000, 100_001, 100_005), evaluate.Teacher(), [], []
@@ -67,18 +62,18 @@ def test_the_heat_map_is_hugging_faces_attention(toy_model, frames):
 def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch):
     """The driver sees at each decision what the window shows, the picture before; then it closes the window."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    shown = []
+    shown, teacher = [], evaluate.Teacher()
 
     def driver(frames, infos):
         shown.append(pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1))
         if len(shown) == 4:
             pygame.event.post(pygame.event.Event(pygame.QUIT))
-        return full_gas(frames, infos)
+        return teacher(frames, infos)
 
     film.check_display()
     film.watch(driver, 100_000)
     assert not pygame.display.get_init() and len(shown) == 4
-    for shot, (picture, _) in zip(shown[1:], film.drive(full_gas, 100_000)):
+    for shot, (picture, _) in zip(shown[1:], film.drive(teacher, 100_000)):
         assert np.array_equal(shot, picture)
 
 

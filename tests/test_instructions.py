@@ -49,11 +49,6 @@ def test_training_draws_taught_sentences_only():
     assert seen == {"garbled", *INSTRUCTIONS, *instructions.COMBINATIONS} - {"speed twenty-five", "speed forty-five"}
 
 
-@pytest.mark.parametrize("name, wish", [("slow right", "Drive slowly. Keep right."), ("chatter", "Nothing.")])
-def test_the_wish_is_the_simplest_phrasing(name, wish):
-    assert instructions.wish(name) == wish
-
-
 @pytest.mark.parametrize(
     "speed, offset, answer",
     [
@@ -67,7 +62,7 @@ def test_it_fits_if_speed_and_offset_are_told_as_wanted(speed, offset, answer):
 
 
 def test_targets_measure_speed_and_side():
-    assert SLOW_LEFT == Target(20.0, -SIDE)
+    assert SLOW_LEFT == Target(20.0, -SIDE) and instructions.wish("slow left") == "Drive slowly. Keep left."
     assert SLOW_LEFT.at_speed(np.array([14, 15, 25, 26])).tolist() == [False, True, True, False]
     assert SLOW_LEFT.on_side(np.array([-0.1, 0.1])).tolist() == [True, False]
     assert Target(side=0.0).on_side(np.array([-2.0, 2.5])).tolist() == [True, False]
@@ -80,11 +75,10 @@ def test_targets_measure_speed_and_side():
 @pytest.mark.parametrize(
     "target, speed, offset, on_road, travelled, obeyed",
     [
-        (Target(speed=20.0), [20] * 8 + [40] * 2, 0, 1, 20, True),
-        (Target(speed=20.0), [20] * 7 + [40] * 3, 0, 1, 20, False),
+        (Target(20.0, SIDE), [20] * 8 + [40] * 2, 3, 1, 20, True),
+        (Target(20.0, SIDE), [20] * 7 + [40] * 3, 3, 1, 20, False),
         (Target(speed=20.0), [20] * 10, 0, 0, 20, False),  # on the grass
         (Target(speed=20.0), [20] * 10, 0, 1, -20, False),  # the wrong way
-        (Target(20.0, SIDE), [20] * 10, 3, 1, 20, True),
         (Target(20.0, SIDE), [20] * 10, -3, 1, 20, False),
         (Target(speed=0.0), [0] * 10, 0, 0, 0, True),
         (Target(speed=0.0), [0] * 9 + [3], 0, 1, 0, False),
