@@ -40,10 +40,7 @@ def random_model(toy_model):
 @pytest.mark.parametrize("onednn", [False, ONEDNN])
 @torch.no_grad()
 def test_the_pass_is_hugging_faces(onednn, random_model, frames):
-    """Logits, features and each whole answer's log-likelihood, by one forward for each text.
-
-    Up to float32's rounding, which differs between processors by some 2e-5.
-    """
+    """Logits, features and whole answers' log-likelihoods, up to float32's rounding, by processor some 2e-5."""
     model, git, told = random_model, random_model.git, ["", "Keep left.", "Please drive at speed thirty-five."]
     model.weights = git_forward.prepare(git, model.processor.image_processor, onednn=onednn)
     assert model.weights.lm_head[0].is_mkldnn == onednn
@@ -62,10 +59,7 @@ def test_the_pass_is_hugging_faces(onednn, random_model, frames):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_on_several_texts_is_hugging_faces(lora, random_model, frames):
-    """Loss and gradients, by a forward of its own for each text; padding changes nothing.
-
-    Of every weight, as the making of git-tiny trains them, and of every LoRA weight, as PEFT computes them.
-    """
+    """Loss and gradients of every weight (git-tiny) or LoRA weight, by a forward of its own for each text."""
     git, tokenizer = random_model.git.requires_grad_(True), random_model.processor.tokenizer
     if lora:  # in place; the others are frozen
         get_peft_model(git, LoraConfig(r=3, lora_alpha=5, target_modules=LORA_TARGETS, init_lora_weights=False))

@@ -1,7 +1,4 @@
-"""The changes of docs/customise.md, applied to a copy of the sources exactly as they are written there.
-
-In that copy, with all changes at once, `customised_` functions are the tests: the third stage is the document's sweep.
-"""
+"""The changes of docs/customise.md, all applied to a copy of the sources, where `customised_` functions are the tests."""
 
 import collections
 import dataclasses

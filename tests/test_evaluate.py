@@ -1,8 +1,9 @@
-"""Drivers on fixed tracks, what they scored, the film of a drive, and golden outputs of the shipped weights."""
+"""Drivers on tracks: what they score, films, the teacher's rules, measured drives, golden outputs of what ships."""
 
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pygame
@@ -12,9 +13,14 @@ from test_GitText2ActionWithPrompt import inputs
 
 import evaluate
 import film
+import instructions
+from benchmarks import drives, obedience, recovery
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, parse_answer
+from instructions import RACE, SIDE, Target
 from support.run_files import ROOT
+from teacher import STATE_SIZE, Teacher
 
+GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
 GOLDEN_RETURN = 538.57
 GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 3, 1, 3]
@@ -75,6 +81,72 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
     assert not pygame.display.get_init() and len(shown) == 4
     for shot, (picture, _) in zip(shown[1:], film.drive(teacher, 100_000)):
         assert np.array_equal(shot, picture)
+
+
+@pytest.mark.parametrize(
+    ("forward", "facing", "target", "always", "never"),
+    [
+        (30, 1, Target(speed=0.0), {BRAKE}, ()),
+        (24, 1, Target(speed=20.0), {BRAKE}, ()),
+        (16, 1, Target(speed=20.0), {GAS}, ()),
+        (70, 1, Target(side=SIDE), {BRAKE}, ()),
+        (47, 1, Target(side=SIDE), (), {GAS}),
+        (3, 1, Target(side=SIDE), {GAS}, ()),
+        (0, 1, RACE, {GAS}, ()),
+        (85, 1, RACE, {BRAKE}, ()),
+        (20, -0.95, RACE, (), {BRAKE}),
+    ],
+)
+def test_what_the_teacher_always_does(forward, facing, target, always, never):
+    """Whatever its net would rather do: 50 nets with logits of a size that a trained one has."""
+    torch.manual_seed(0)
+    states = np.random.default_rng(0).uniform(-1, 1, (50, STATE_SIZE)).astype(np.float32)
+    states[:, 0], states[:, 1], states[:, 14] = forward / 50, 0, facing
+    done = set()
+    for state in states:
+        teacher = Teacher()
+        teacher.net[-1].weight.data *= 5
+        done.add(int(teacher.act(state[None], target)[0]))
+    assert done == set(always) if always else done.isdisjoint(never) and len(done) > 1
+
+
+@pytest.mark.parametrize("name", ["middle", "slow left"])
+def test_it_keeps_to_the_side_that_it_is_told(name):
+    """In nearly all decisions, on a validation track: a third of its width around the middle, or the left half."""
+    target = instructions.target(name)
+    results = drives.drive(evaluate.Teacher(), [100_003], 150, {0: target})
+    assert target.on_side(results["offset"][75:, 0]).mean() > 0.95
+
+
+def test_a_drive_is_told_and_turned():
+    """Two cars with gas until they are told to stop after 40 decisions, the second turned round at that moment."""
+    words = SimpleNamespace(answer=lambda frames, told: ["Brake" if told else "Accelerate"] * len(frames))
+    results = drives.drive(evaluate.Answers(words), [3, 3], 120, {40: "Stop."}, [0.0, np.pi], 40)
+    speed, along = results["speed"], results["along"]
+    assert (speed[39] > 20).all() and (speed[-1] < 2).all()
+    assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
+    assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
+    assert 10 < drives.travelled(along)[39, 0] < 40
+    assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == (speed[115:] < 2).all(0).tolist()
+
+
+def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):
+    monkeypatch.setattr(recovery, "WHEN", 2)
+    tile = 3.5 * 50 / 2  # units per second that make a tile in a decision
+    along = np.array([[9, 0, 0], [9, 0, 0], [-8, 8, 8], [8, 8, 8], [14, -9, 0]]) * tile
+    driving = np.ones((5, 3), bool)
+    driving[3:, 2] = False
+    assert recovery.came_back({"along": along, "driving": driving}).tolist() == [False, True, False]
+
+
+def test_obedience_is_judged_after_the_grace_and_while_it_drives():
+    """Three cars, told something at decision 50: it obeys; too fast for half of what is judged; it leaves the field."""
+    driving, left_field, speed = np.ones((215, 3), bool), np.zeros((215, 3), bool), np.full((215, 3), 30.0)
+    speed[:175], speed[195:, 1] = 60.0, 60.0  # before and within the grace of 125 decisions, and later
+    driving[200:, 2], left_field[200:, 2] = False, True
+    results = {"speed": speed, "along": speed, "offset": np.full((215, 3), SIDE), "on_road": np.ones((215, 3), bool)}
+    judged = obedience.judge(Target(30.0, SIDE), results | {"driving": driving, "left_field": left_field}, 50)
+    assert judged.tolist() == [[1, 0, 0], [1, 0.5, 0], [1, 1, 0]]  # obeyed, at the speed, on the side
 
 
 @pytest.fixture(scope="module")

@@ -71,10 +71,7 @@ def test_without_git(monkeypatch):
 
 
 def reinforce(root, base, resume=False, fault="", updates=8):
-    """Stage 3 with a LoRA, instructions and throws; in the second update from now on a fault happens.
-
-    Episodes of 30 decisions do not end where updates do.
-    """
+    """Stage 3 with a LoRA, instructions and throws, episodes that do not end where updates do, and perhaps a fault."""
     toy = dict(TRAIN_LORA=True, CHANGE=0.1, THROWN=0.01, NUM_STEPS=24, MINIBATCH_SIZE=24, TOTAL_UPDATES=updates)
     ppo = toy_script(PPO, root, MODEL=str(base), RESUME=resume, **toy)
     faults = {
@@ -132,10 +129,7 @@ def fine_tune(root, pipeline, resume, fault=""):
 
 
 def test_fine_tuning_resumes_exactly(pipeline, tmp_path):
-    """Starts that end badly and a last one, against the pipeline's; then a full disk at the very end.
-
-    The adapter that is there stays whole until another one is.
-    """
+    """Against the pipeline's; then a full disk at the end. The adapter that is there stays whole until another one is."""
     shutil.copytree(pipeline.adapter, tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").write_text("old")
 

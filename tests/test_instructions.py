@@ -49,20 +49,11 @@ def test_training_draws_taught_sentences_only():
     assert seen == {"garbled", *INSTRUCTIONS, *instructions.COMBINATIONS} - {"speed twenty-five", "speed forty-five"}
 
 
-@pytest.mark.parametrize(
-    "speed, offset, answer",
-    [
-        (22, -4.1, "Yes."),
-        (23, -2.2, "The car is too fast."),
-        (17, -1, "The car is too far right. The car is too slow."),
-    ],
-)
-def test_it_fits_if_speed_and_offset_are_told_as_wanted(speed, offset, answer):
-    assert instructions.fit(SLOW_LEFT, speed, offset) == answer and instructions.fit(RACE, speed, offset) == "Yes."
-
-
 def test_targets_measure_speed_and_side():
+    """And what the words for them are."""
     assert SLOW_LEFT == Target(20.0, -SIDE) and instructions.wish("slow left") == "Drive slowly. Keep left."
+    assert instructions.fit(SLOW_LEFT, 22, -4.1) == "Yes." == instructions.fit(RACE, 90, 9)
+    assert instructions.fit(SLOW_LEFT, 17, -1) == "The car is too far right. The car is too slow."
     assert SLOW_LEFT.at_speed(np.array([14, 15, 25, 26])).tolist() == [False, True, True, False]
     assert SLOW_LEFT.on_side(np.array([-0.1, 0.1])).tolist() == [True, False]
     assert Target(side=0.0).on_side(np.array([-2.0, 2.5])).tolist() == [True, False]
