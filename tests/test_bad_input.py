@@ -91,7 +91,8 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
 ]
 for stage, path in ((STAGE2, DATA_TASK), (PPO, ADAPTER_TASK), (EVALUATE, POLICY_FACTS)):
     FILES += [(stage, {}, path, edit(**{name: x}), name) for name, x in TASK.items()]
-CASES = [*((script, changes, "", Path.exists, named) for script, changes, named in CONSTANTS), *FILES]
+NOTHING = "", Path.exists  # is spoiled
+CASES = [*((script, changes, *NOTHING, named) for script, changes, named in CONSTANTS), *FILES]
 
 
 @pytest.mark.parametrize("name, changes, file, spoil, named", CASES)

@@ -84,30 +84,29 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("forward", "facing", "target", "always", "never"),
+    "forward, facing, target, may",
     [
-        (30, 1, Target(speed=0.0), {BRAKE}, ()),
-        (24, 1, Target(speed=20.0), {BRAKE}, ()),
-        (16, 1, Target(speed=20.0), {GAS}, ()),
-        (70, 1, Target(side=SIDE), {BRAKE}, ()),
-        (47, 1, Target(side=SIDE), (), {GAS}),
-        (3, 1, Target(side=SIDE), {GAS}, ()),
-        (0, 1, RACE, {GAS}, ()),
-        (85, 1, RACE, {BRAKE}, ()),
-        (20, -0.95, RACE, (), {BRAKE}),
+        (30, 1, Target(speed=0.0), {BRAKE}),
+        (24, 1, Target(speed=20.0), {BRAKE}),
+        (16, 1, Target(speed=20.0), {GAS}),
+        (70, 1, Target(side=SIDE), {BRAKE}),
+        (47, 1, Target(side=SIDE), {0, 1, 2, BRAKE}),
+        (3, 1, Target(side=SIDE), {GAS}),
+        (0, 1, RACE, {GAS}),
+        (85, 1, RACE, {BRAKE}),
+        (20, -0.95, RACE, {0, 1, 2, GAS}),
     ],
 )
-def test_what_the_teacher_always_does(forward, facing, target, always, never):
-    """Whatever its net would rather do: 50 nets with logits of a size that a trained one has."""
+def test_what_the_teacher_may_do_whatever_its_net_says(forward, facing, target, may):
+    """Of 50 nets with logits of a size that a trained one has."""
     torch.manual_seed(0)
-    states = np.random.default_rng(0).uniform(-1, 1, (50, STATE_SIZE)).astype(np.float32)
+    states, done = np.random.default_rng(0).uniform(-1, 1, (50, STATE_SIZE)).astype(np.float32), set()
     states[:, 0], states[:, 1], states[:, 14] = forward / 50, 0, facing
-    done = set()
     for state in states:
         teacher = Teacher()
         teacher.net[-1].weight.data *= 5
         done.add(int(teacher.act(state[None], target)[0]))
-    assert done == set(always) if always else done.isdisjoint(never) and len(done) > 1
+    assert done <= may and (len(done) > 1) == (len(may) > 1)
 
 
 @pytest.mark.parametrize("name", ["middle", "slow left"])
