@@ -101,23 +101,17 @@ def test_an_untrained_head_says_what_the_words_say(toy_model, toy_base, frames):
     assert torch.equal(plain(frames)[0], torch.zeros(3, 5))
 
 
-def test_a_fresh_lora_trains_the_features_and_leaves_the_answers(toy_model, frames):
-    """The rollout's features, without gradients, are the same."""
-    features, scores = toy_model.encode(frames)
-    toy_model.add_lora(rank=2, alpha=4)
-    assert torch.allclose(toy_model.features(frames), features, atol=1e-5)
-    randomize(toy_model, "lora_B")
-    mine, (new_features, new_scores) = toy_model.features(frames), toy_model.encode(frames)
+def test_a_fresh_lora_trains_the_features_leaves_the_answers_and_is_saved(toy_base, frames, tmp_path):
+    """The rollout's features, without gradients, are the same; so are those of the saved policy."""
+    model = GitText2ActionWithPrompt.from_pretrained(toy_base, language_prior=0.5, prior_floor=0.1, head_size=32)
+    features, scores = model.encode(frames)
+    model.add_lora(rank=2, alpha=4)
+    assert torch.allclose(model.features(frames), features, atol=1e-5)
+    randomize(model, "_head.", "lora_B")
+    mine, (new_features, new_scores) = model.features(frames), model.encode(frames)
     assert mine.requires_grad and not torch.allclose(mine, features, atol=1e-2)
     assert torch.allclose(new_features, mine, atol=1e-6) and torch.allclose(new_scores, scores, atol=1e-6)
-
-
-def test_policy_files_round_trip(toy_base, frames, tmp_path):
-    model = GitText2ActionWithPrompt.from_pretrained(toy_base, language_prior=0.5, prior_floor=0.1, head_size=32)
-    model.add_lora(rank=2, alpha=4)
-    randomize(model, "_head.", "lora_")
     model.save_policy(tmp_path)
     loaded = GitText2ActionWithPrompt.from_policy(tmp_path)
-    for mine, theirs in zip(model(frames), loaded(frames)):
-        assert torch.allclose(mine, theirs, atol=1e-6)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(model(frames), loaded(frames)))
     assert not any(p.requires_grad for p in loaded.git.parameters())

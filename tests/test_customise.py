@@ -1,4 +1,4 @@
-"""The changes of docs/customise.md, all applied to a copy of the sources, where `customised_` functions are the tests."""
+"""The changes of docs/customise.md, all applied to a copy of the sources, where `customised_` functions are tests."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from conftest import COLLECT, STAGE2, edit, make_toy_base
 
 import GitText2ActionWithPrompt as model_file
 import instructions
-from car_racing_env import REWARDS, make_env, make_training_env
+from car_racing_env import REWARDS, make_training_env
 from support.checks import read_json
 from support.run_files import ROOT
 
@@ -47,7 +47,7 @@ def test_the_documented_changes_work(tmp_path):
 
 @pytest.fixture(scope="session")
 def made():
-    """The policy that the document's sweep made after stages 1 and 2, their captions, and what adapter and policy are for."""
+    """The policy that the document's sweep made after stages 1 and 2, the captions, and what both folders are for."""
     torch.set_num_threads(1)
     make_toy_base(ROOT / "microsoft/git-base", seed=1)
     edit(COLLECT, TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1, DREAMED=4).main()
@@ -69,23 +69,19 @@ def push(env, speed):
     return obs, reward, hull.linearVelocity.length
 
 
-@pytest.mark.parametrize("pushed", [40, 80, 120])
-def customised_reward(pushed):
-    both = (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0))
-    (_, with_term, speed), (_, without, _) = (push(make_training_env(0, rewards), pushed) for rewards in both)
-    assert (speed > 70) == (pushed > 70)
-    assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
-
-
-def customised_input_of_the_heads(made):
-    """The last feature is the speed, which a saved policy and a LoRA see, too."""
-    frames, _, speeds = zip(*(push(make_env(), speed) for speed in (0, 20, 40, 80, 120)))
-    features, _ = made.model.encode(np.stack(frames))
+def customised_reward_and_input_of_the_heads(made):
+    """Above 70 a decision costs; the last feature is the speed, which a saved policy and a LoRA see, too."""
+    both, frames, speeds = (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0)), [], []
+    for pushed in (0, 20, 40, 80, 120):
+        (frame, with_term, speed), (_, without, _) = (push(make_training_env(0, rewards), pushed) for rewards in both)
+        assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
+        frames.append(frame), speeds.append(speed)
+    frames, loaded = np.stack(frames), model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
+    features, _ = made.model.encode(frames)
     np.testing.assert_allclose(50 * features[:, -1], speeds, atol=5)
-    loaded = model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
-    assert torch.allclose(made.model(np.stack(frames))[0], loaded(np.stack(frames))[0], atol=1e-5)
+    assert torch.allclose(made.model(frames)[0], loaded(frames)[0], atol=1e-5)
     loaded.add_lora(rank=2, alpha=4)
-    assert torch.equal(loaded.features(np.stack(frames))[:, -1], features[:, -1])
+    assert torch.equal(loaded.features(frames)[:, -1], features[:, -1]) and max(speeds) > 70
 
 
 def customised_question_and_base(made):

@@ -93,7 +93,7 @@ def test_a_page_that_does_not_keep_up_gets_fewer_pictures(toy_model):
 
 @pytest.fixture
 def visit():
-    """`visit()` opens the page with the shipped policy in Chromium; it makes no errors and loads nothing from elsewhere."""
+    """`visit()` opens the page with the shipped policy in Chromium, without errors and without other servers."""
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine")
     model, errors, loaded = GitText2ActionWithPrompt.from_policy(ROOT / "results/published/policy"), [], []

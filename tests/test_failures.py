@@ -129,7 +129,7 @@ def fine_tune(root, pipeline, resume, fault=""):
 
 
 def test_fine_tuning_resumes_exactly(pipeline, tmp_path):
-    """Against the pipeline's; then a full disk at the end. The adapter that is there stays whole until another one is."""
+    """Against the pipeline's; then a full disk. The adapter that is there stays whole until another one is."""
     shutil.copytree(pipeline.adapter, tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").write_text("old")
 

@@ -11,11 +11,9 @@ from benchmarks import ablations, obedience
 from support.checks import read_json
 from support.run_files import ROOT, read_log
 
-PUBLISHED, BENCHMARKS, PAGES = ROOT / "results" / "published", ROOT / "benchmarks", [*ROOT.glob("docs/*.md")]
-README = (ROOT / "README.md").read_text()
-RESULTS, LANGUAGE, ABLATIONS = (
-    (ROOT / "docs" / f"{name}.md").read_text() for name in ("results", "language", "ablations")
-)
+PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
+PAGES = {page.stem: page for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+README, RESULTS, LANGUAGE, ABLATIONS = (PAGES[x].read_text() for x in ("README", "results", "language", "ablations"))
 SCORE = re.compile(r"\[(-?[\d.]+ ± [\d.]+)\]\(\.\./results/published/([\w/]+\.json)\)(?:, laps (\d+) %, min (-?\d+))?")
 
 
@@ -114,10 +112,10 @@ def test_ablations_speed_and_page():
     assert all(f"{soak['memory_mb'][i]} MB" in RESULTS for i in (0, -1))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[name].read_text())
+    assert [link for link in links if not (PAGES[name].parent / link).exists()] == []
 
 
 def test_the_code_of_the_readme_prints_what_it_says():
