@@ -3,7 +3,6 @@
 A run that is killed or fails, and is resumed, ends in the same numbers as one that was left alone.
 """
 
-import functools
 import multiprocessing
 import shutil
 import signal
@@ -165,8 +164,11 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
         module.STATE, module.collect = tmp_path / f"{name}.pt", collect_noise
         return module
 
+    def press_ctrl_c():
+        raise KeyboardInterrupt
+
     interrupted = make("hurt")
-    at_call(6, interrupted, "train_step", functools.partial(signal.raise_signal, signal.SIGINT))
+    at_call(6, interrupted, "train_step", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         interrupted.main()
     losses = run_files.load_state(interrupted.STATE)["losses"]
