@@ -95,7 +95,7 @@ def test_ppo_resumes_exactly(toy_base, tmp_path, script):
     for done, (fault, code) in enumerate(FAULTS.items(), 1):
         run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=fault in ("worker", "disk"))
         assert run_files.load_state(hurt / "state.pt")["update"] == done, fault
-    (hurt / "state.pt.partial").write_text("half")  # as if killed while it was written
+    (hurt / "video_episode_200.partial.mp4").write_text("half")  # as if killed while it was filmed
     run(reinforce, hurt.parent, toy_base, True)
     assert not list(hurt.glob("*.partial*"))
     for name in ("reward_log.csv", "update_log.csv", "eval_log.csv"):
