@@ -47,6 +47,11 @@ class FastCarRacing(stock.CarRacing):
         self.drawing, self._score = drawing, score
         return picture
 
+    def close(self):
+        """Also destroy the bodies: Box2D holds on to the Python objects in them, so that they would outlive the world."""
+        self._destroy()
+        super().close()
+
     def _create_track(self):
         if not super()._create_track():
             return False

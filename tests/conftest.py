@@ -26,19 +26,14 @@ def toy_constants(root):
     data, adapter, results = (f"{root}/{name}" for name in ("CarRacing-Data", "adapter", "results"))
     return {
         "car_racing_env": dict(MAX_FRAMES=60),
-        COLLECT: dict(
-            OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1,
-            THROWN=0.008, TOLD_SHARE=0.25, DREAMED=4, ASKED=2,
-        ),
+        COLLECT: dict(OUTPUT_DIR=data, TRAIN_FRAMES=96, VALIDATION_FRAMES=32, NUM_WORKERS=1),
         STAGE2: dict(
             BASE_MODEL=f"{root}/git-toy", DATA_DIR=data, OUTPUT_DIR=adapter, RESULTS_DIR=results,
             CHECKPOINT_DIR=f"{root}/checkpoints", MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16, LORA_RANK=4,
-            REWORDED=0.5,
         ),
         PPO: dict(
             MODEL=adapter, RESULTS_DIR=results, NUM_ENVS=2, INSTRUCTED_ENVS=1, TORCH_THREADS=1, NUM_STEPS=60,
             MINIBATCH_SIZE=60, TOTAL_UPDATES=3, WARMUP_UPDATES=1, EVALUATIONS=1, EVAL_TRACKS=range(100_000, 100_001),
-            VIDEO_EVERY=1000, THROWN=0.001,
         ),
         "evaluate": dict(DRIVER="policy", POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=2, NUM_ENVS=2),
     }  # fmt: skip

@@ -3,8 +3,10 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import COLLECT, PPO, STAGE2, toy_script
 from safetensors.torch import load_file, save_file
 from toy_process import files
@@ -18,16 +20,8 @@ POLICY, POLICY_FACTS = "results/policy/policy.safetensors", "results/policy/poli
 BOMB = b"csys\nexit\n(tR."  # a pickle that calls sys.exit() where it is executed
 
 
-def nothing(path):
-    pass
-
-
 def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:100])
 
 
 def edit(**changes):
@@ -38,20 +32,17 @@ def replace(old, new):
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-def lose_a_tensor(path):
-    weights = load_file(path)
-    del weights[min(weights)]
-    save_file(weights, path)
+def spoil_a_tensor(change):
+    def spoil(path):
+        weights = load_file(path)
+        change(weights, min(weights))
+        save_file(weights, path)
+
+    return spoil
 
 
-def set_nan(path):
-    weights = load_file(path)
-    weights[min(weights)][0] = float("nan")
-    save_file(weights, path)
-
-
-def bomb(path):
-    path.write_bytes(BOMB)
+def fill(content):
+    return lambda path: path.write_bytes(content)
 
 
 def bomb_as(name):
@@ -59,62 +50,49 @@ def bomb_as(name):
     return lambda path: bomb(path.rename(path.with_name(name)))
 
 
-def bomb_first(path):
-    """In the Trainer's first checkpoint, when the last one is not complete."""
-    (path.parents[1] / "checkpoint-12" / "trainer_state.json").unlink()
-    bomb(path)
-
-
+damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), spoil_a_tensor(dict.pop)
+HURT = (remove, damage, bomb, lose_a_tensor, spoil_a_tensor(lambda weights, name: weights[name].fill_(torch.nan)))
 TASK = {"prompt": "Why?", "answers": ["Fly"], "frame_skip": 4}
 HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'
-TRAINER_FILES = [f"checkpoints/checkpoint-6/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")]
-HURT = (cut, set_nan, lose_a_tensor)
-CLEARED = [(COLLECT, "OUTPUT_DIR"), (STAGE2, "OUTPUT_DIR"), (STAGE2, "CHECKPOINT_DIR")]
-PAIRS = [("OUTPUT_DIR", "RESULTS_DIR"), ("CHECKPOINT_DIR", "OUTPUT_DIR"), ("CHECKPOINT_DIR", "RESULTS_DIR")]
-CASES = [  # script, constants of it, what is spoiled and how, what the message names
-    (COLLECT, {"POLICY": "no/policy"}, "", nothing, "no/policy"),
-    (COLLECT, {"ANSWER_BY": "nobody"}, "", nothing, "ANSWER_BY"),
+CONSTANTS = [  # script, what its user sets, what the message names
+    *((script, {name: "no/such"}, "no/such") for script, name in ((COLLECT, "POLICY"), (STAGE2, "ADAPTER"))),
+    *((script, {name: "no/such"}, "no/such") for script, name in ((STAGE2, "BASE_MODEL"), (PPO, "MODEL"))),
+    (COLLECT, {"ANSWER_BY": "nobody"}, "ANSWER_BY"),
+    *((STAGE2, {name: 1000}, name) for name in ("MIN_FRAMES", "BATCH_SIZE")),
+    (PPO, {"EVAL_TRACKS": range(99_990, 100_010)}, "EVAL_TRACKS"),
+    *((script, {"RESUME": True, "LEARNING_RATE": 1e-3}, "LEARNING_RATE") for script in (STAGE2, PPO)),
+    (EVALUATE, {"DRIVER": "teacher", "INSTRUCTION": "fly"}, "INSTRUCTION"),
+    (EVALUATE, {"INSTRUCTION": "left " * 60}, "prompt"),
+]
+# what is replaced as a whole holds files of nobody knows whom, another script's, or another output
+for stage, constant in ((COLLECT, "OUTPUT_DIR"), (STAGE2, "OUTPUT_DIR"), (STAGE2, "CHECKPOINT_DIR")):
+    CONSTANTS += [(stage, {constant: x}, x) for x in ("ROOT", "ROOT/results", "ROOT/results/policy")]
+for replaced, other in (("OUTPUT_DIR", "RESULTS_DIR"), ("CHECKPOINT_DIR", "OUTPUT_DIR")):
+    CONSTANTS.append((STAGE2, {replaced: "ROOT/adapter", other: "ROOT/adapter/inside"}, "ROOT/adapter"))
+FILES = [  # script, what its user sets, what is spoiled and how, what the message names
     (STAGE2, {}, "CarRacing-Data/train", remove, "CarRacing-Data/train"),
-    (STAGE2, {}, METADATA, cut, "metadata.jsonl"),
+    (STAGE2, {}, METADATA, damage, "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "instructions.py"),
-    (STAGE2, {}, DATA_TASK, remove, "task.json"),
-    *((STAGE2, {}, DATA_TASK, edit(**{name: x}), name) for name, x in TASK.items()),
-    (STAGE2, {"MIN_FRAMES": 1000}, "", nothing, "MIN_FRAMES"),
-    (STAGE2, {"BATCH_SIZE": 1000}, "", nothing, "BATCH_SIZE"),
-    (STAGE2, {"BASE_MODEL": "no/such-model"}, "", nothing, "no/such-model"),
     *((STAGE2, {}, BASE, spoil, "git-toy") for spoil in (lose_a_tensor, bomb, bomb_as("pytorch_model.bin"))),
     (STAGE2, {}, "git-toy/processor_config.json", replace('"height": 96', '"height": 48'), "git-toy"),
     (STAGE2, {}, "git-toy/config.json", edit(model_type="bert"), "git-toy"),
-    (STAGE2, {"ADAPTER": "no/adapter"}, "", nothing, "no/adapter"),
     (STAGE2, {"ADAPTER": "ROOT/adapter"}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
-    (STAGE2, {"ADAPTER": "ROOT/adapter"}, ADAPTER, bomb_as("adapter_model.bin"), "adapter"),
-    (STAGE2, {"MORE_DATA": ("no/captions",)}, "", nothing, "no/captions"),
     (STAGE2, {"RESUME": True}, "checkpoints", remove, "run.json"),
-    (STAGE2, {"RESUME": True, "LEARNING_RATE": 1e-3}, "", nothing, "LEARNING_RATE"),
-    *((STAGE2, {"RESUME": True}, name, bomb_first, "checkpoint-6") for name in TRAINER_FILES),
-    (PPO, {"MODEL": "no/adapter"}, "", nothing, "no/adapter"),
-    (PPO, {"EVAL_TRACKS": range(99_990, 100_010)}, "", nothing, "EVAL_TRACKS"),
+    (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/optimizer.pt", bomb, "checkpoint-12"),
+    (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/scheduler.pt", bomb, "checkpoint-12"),
     (PPO, {}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
-    *((PPO, {}, ADAPTER_TASK, edit(**{name: x}), name) for name, x in TASK.items()),
-    *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (*HURT, remove, bomb, bomb_as("adapter_model.bin"))),
-    (PPO, {"RESUME": True, "LEARNING_RATE": 1e-3}, "", nothing, "LEARNING_RATE"),
+    *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (*HURT, bomb_as("adapter_model.bin"))),
     (PPO, {"RESUME": True}, "results/run.json", replace('"lap_bonus": 100.0', '"lap_bonus": 1.0'), "REWARDS"),
-    *((PPO, {"RESUME": True}, "results/state.pt", spoil, "state.pt") for spoil in (remove, cut, bomb)),
+    *((PPO, {"RESUME": True}, "results/state.pt", spoil, "state.pt") for spoil in (remove, damage, bomb)),
     (EVALUATE, {}, "results/policy", remove, "results/policy"),
-    (EVALUATE, {"DRIVER": "teacher", "INSTRUCTION": "fly"}, "", nothing, "INSTRUCTION"),
-    (EVALUATE, {"INSTRUCTION": "left " * 60}, "", nothing, "prompt"),
-    *((EVALUATE, {}, POLICY_FACTS, edit(**{name: x}), name) for name, x in TASK.items()),
     (EVALUATE, {}, POLICY_FACTS, edit(adapter_hash="0"), "adapter_hash"),
-    *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in (*HURT, bomb)),
+    *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in HURT),
 ]
-# what is replaced as a whole holds files of nobody knows whom, another script's, or another output
-for stage, constant in CLEARED:
-    for folder in ("ROOT", "ROOT/results", "ROOT/results/policy"):
-        CASES.append((stage, {constant: folder}, "", nothing, folder))
-for replaced, other in PAIRS:
-    for place in ("ROOT/adapter", "ROOT/adapter/inside"):
-        CASES.append((STAGE2, {replaced: "ROOT/adapter", other: place}, "", nothing, "ROOT/adapter"))
+for stage, path in ((STAGE2, DATA_TASK), (PPO, ADAPTER_TASK), (EVALUATE, POLICY_FACTS)):
+    FILES += [(stage, {}, path, edit(**{name: x}), name) for name, x in TASK.items()]
+NOTHING = "", Path.exists  # is spoiled
+CASES = [*((script, changes, *NOTHING, named) for script, changes, named in CONSTANTS), *FILES]
 
 
 @pytest.mark.parametrize("name, changes, file, spoil, named", CASES)

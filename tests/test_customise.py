@@ -1,8 +1,4 @@
-"""The changes of docs/customise.md, applied to a copy of the sources exactly as they are written there.
-
-`test_the_documented_changes_work` runs the functions called `customised_` in that copy, with all changes at once: the
-stages at toy size, the third as the document's own sweep.
-"""
+"""The changes of docs/customise.md, all applied to a copy of the sources, where `customised_` functions are tests."""
 
 import collections
 import dataclasses
@@ -11,19 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import COLLECT, STAGE2, edit, make_toy_base
 
-import evaluate
-import film
 import GitText2ActionWithPrompt as model_file
 import instructions
-import ppo_git_with_prompt as ppo
-from car_racing_env import REWARDS, make_env, make_training_env
-from support import checkpoints
+from car_racing_env import REWARDS, make_training_env
 from support.checks import read_json
 from support.run_files import ROOT
 
@@ -53,8 +46,8 @@ def test_the_documented_changes_work(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def model():
-    """The policy that the document's sweep made, after stages 1 and 2, saved as the third would."""
+def made():
+    """The policy that the document's sweep made after stages 1 and 2, the captions, and what both folders are for."""
     torch.set_num_threads(1)
     make_toy_base(ROOT / "microsoft/git-base", seed=1)
     edit(COLLECT, TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1, DREAMED=4).main()
@@ -62,20 +55,9 @@ def model():
     sweep, names = re.search(r"```python\n(.*?)```", DOCUMENT, flags=re.S).group(1), {}
     exec(sweep.replace("total_updates=12", "total_updates=1, num_steps=16"), names)
     names["model"].save_policy(ROOT / "results/policy")
-    return names["model"]
-
-
-@pytest.fixture
-def captions(model):
-    return [json.loads(line) for line in (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def task(model):
-    """What adapter and policy say they were made for."""
-    return [
-        read_json(ROOT / path) for path in ("lora_git_caption_model_carllava/task.json", "results/policy/policy.json")
-    ]
+    captions = (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines()
+    task = [read_json(ROOT / x) for x in ("lora_git_caption_model_carllava/task.json", "results/policy/policy.json")]
+    return SimpleNamespace(model=names["model"], captions=[*map(json.loads, captions)], task=task)
 
 
 def push(env, speed):
@@ -87,49 +69,36 @@ def push(env, speed):
     return obs, reward, hull.linearVelocity.length
 
 
-@pytest.mark.parametrize("pushed", [40, 80, 120])
-def customised_reward(pushed):
-    envs = [make_training_env(0, rewards) for rewards in (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0))]
-    (_, with_term, speed), (_, without, _) = (push(env, pushed) for env in envs)
-    assert (speed > 70) == (pushed > 70)
-    assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
-
-
-def customised_input_of_the_heads(model):
-    """The last feature is the speed, stored by the rollout, and seen by a saved policy, a film and a LoRA."""
-    frames, _, speeds = zip(*(push(make_env(), speed) for speed in (0, 20, 40, 80, 120)))
-    frames, envs, hidden = np.stack(frames), ppo.make_envs(seed=0, num_envs=1), model.git.config.hidden_size
-    _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, num_steps=1)
-    envs.close()
-    features, _ = model.encode(frames)
+def customised_reward_and_input_of_the_heads(made):
+    """Above 70 a decision costs; the last feature is the speed, which a saved policy and a LoRA see, too."""
+    both, frames, speeds = (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0)), [], []
+    for pushed in (0, 20, 40, 80, 120):
+        (frame, with_term, speed), (_, without, _) = (push(make_training_env(0, rewards), pushed) for rewards in both)
+        assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
+        frames.append(frame), speeds.append(speed)
+    frames, loaded = np.stack(frames), model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
+    features, _ = made.model.encode(frames)
     np.testing.assert_allclose(50 * features[:, -1], speeds, atol=5)
-    loaded = model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
-    assert torch.allclose(model(frames)[0], loaded(frames)[0], atol=1e-5)
-    next(film.drive(evaluate.Policy(loaded), track_seed=100_000))
+    assert torch.allclose(made.model(frames)[0], loaded(frames)[0], atol=1e-5)
     loaded.add_lora(rank=2, alpha=4)
-    assert {x.shape[-1] for x in (features, data["features"], loaded.features(frames))} == {hidden + 1}
+    assert torch.equal(loaded.features(frames)[:, -1], features[:, -1]) and max(speeds) > 70
 
 
-def customised_question(model, captions, task):
-    asked = model.processor.tokenizer.decode(model.prompt[1:])
-    questions = [captions[0]["prompt"], *(facts["prompt"] for facts in task), asked]
+def customised_question_and_base(made):
+    asked = made.model.processor.tokenizer.decode(made.model.prompt[1:])
+    questions = [made.captions[0]["prompt"], *(facts["prompt"] for facts in made.task), asked]
     assert {question.lower() for question in questions} == {"which way should the car drive now?"}
+    assert {facts["base_model"] for facts in made.task} == {"microsoft/git-base"}
 
 
-def customised_answers(model, captions):
-    said = collections.Counter((row["text"], row["action"]) for row in captions)
+def customised_answers(made):
+    said = collections.Counter((row["text"], row["action"]) for row in made.captions)
     assert said["Ahead", 3] > 10 and said["Accelerate", 3] > 10
-    assert len(model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
+    assert len(made.model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
 
 
-def customised_base(task):
-    assert {facts["base_model"] for facts in task} == {"microsoft/git-base"}
-    git, _ = checkpoints.load_base(ROOT / "microsoft/git-base")
-    assert task[0]["base_fingerprint"] == checkpoints.fingerprint(git)
-
-
-def customised_instruction(captions):
+def customised_instruction(made):
     """It is said, perhaps varied; what is held out is not."""
-    said = {x["sentence"] for row in captions for x in row["told"] if x["instruction"] == "crawl"}
+    said = {x["sentence"] for row in made.captions for x in row["told"] if x["instruction"] == "crawl"}
     crawl = instructions.INSTRUCTIONS["crawl"]
     assert said & set(crawl.taught) and not said & set(crawl.held_out)

@@ -3,7 +3,6 @@
 A run that is killed or fails, and is resumed, ends in the same numbers as one that was left alone.
 """
 
-import json
 import multiprocessing
 import shutil
 import signal
@@ -11,14 +10,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import COLLECT, PPO, STAGE2, edit, toy_script
-from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run
+from conftest import COLLECT, PPO, STAGE2, TOY_SHAPE, edit, toy_script
+from test_instructions import scene_of
+from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run, same
 
+from questions import describe
 from support import run_files
-from support.checks import BadInput
+from support.checks import BadInput, read_json
 from support.run_files import ROOT
 
 KILLED = -signal.SIGKILL
@@ -67,32 +69,13 @@ def test_without_git(monkeypatch):
     assert run_files.run_facts()["git_commit"] == "unknown"
 
 
-def same(a, b):
-    """Whether two states are equal to the last bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def reinforce(root, base, resume=False, fault="", updates=8):
-    """Stage 3 with a LoRA, instructions and throws; in the second update from now on a fault happens.
-
-    Episodes of 30 decisions do not end where updates do.
-    """
+    """Stage 3 with a LoRA, instructions and throws, episodes that do not end where updates do, and perhaps a fault."""
     toy = dict(TRAIN_LORA=True, CHANGE=0.1, THROWN=0.01, NUM_STEPS=24, MINIBATCH_SIZE=24, TOTAL_UPDATES=updates)
     ppo = toy_script(PPO, root, MODEL=str(base), RESUME=resume, **toy)
-
-    def half_write():
-        for name in ("state.pt.partial", "video_final.partial.mp4"):
-            (root / "results" / name).write_text("half")
-        die()
-
     faults = {
         "rollout": (30, ppo, "to_simulator", die),  # between two decisions
         "log": (2, run_files, "save_state", die),  # after the rows of the update, before its state
-        "state": (2, run_files, "save_state", half_write),
         "worker": (30, ppo, "to_simulator", lambda: multiprocessing.active_children()[0].kill()),
         "ctrl-c": (30, ppo, "to_simulator", press_ctrl_c),
         "disk": (2, run_files, "save_state", fill_the_disk),
@@ -102,35 +85,31 @@ def reinforce(root, base, resume=False, fault="", updates=8):
     ppo.main()
 
 
-FAULTS = {"rollout": KILLED, "log": KILLED, "state": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
+FAULTS = {"rollout": KILLED, "log": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
 
 
 def test_ppo_resumes_exactly(toy_base, tmp_path, script):
     """Starts that end badly and a last one, against one start; then it is made longer."""
     alone, hurt = tmp_path / "alone" / "results", tmp_path / "hurt" / "results"
-    code, output = run(reinforce, alone.parent, toy_base)
-    assert code == 0, output
-    for done, (fault, expected) in enumerate(FAULTS.items(), 1):
-        code, output = run(reinforce, hurt.parent, toy_base, done > 1, fault)
-        assert code == expected and ("error: " in output) == (fault in ("worker", "disk")), output
+    run(reinforce, alone.parent, toy_base)
+    for done, (fault, code) in enumerate(FAULTS.items(), 1):
+        run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=fault in ("worker", "disk"))
         assert run_files.load_state(hurt / "state.pt")["update"] == done, fault
-        assert bool(list(hurt.glob("*.partial*"))) == (fault == "state"), fault
-    code, output = run(reinforce, hurt.parent, toy_base, True)
-    assert code == 0, output
+    (hurt / "video_episode_200.partial.mp4").write_text("half")  # as if killed while it was filmed
+    run(reinforce, hurt.parent, toy_base, True)
+    assert not list(hurt.glob("*.partial*"))
     for name in ("reward_log.csv", "update_log.csv", "eval_log.csv"):
         assert rows(hurt / name) == rows(alone / name), name
-    assert len(rows(alone / "reward_log.csv")) > 5 and files(hurt / "policy").keys() == files(alone / "policy").keys()
-    for name in ("policy.safetensors", "policy.json"):
-        assert (hurt / "policy" / name).read_bytes() == (alone / "policy" / name).read_bytes(), name
+    weights = files(hurt / "policy")["policy.safetensors"]
+    assert weights == files(alone / "policy")["policy.safetensors"] and len(rows(alone / "reward_log.csv")) > 5
     states = [run_files.load_state(results / "state.pt") for results in (alone, hurt)]
     assert same(*states)
     for part in ("lora_B", "policy_head.2"):
         assert any(p.abs().max() > 0 for name, p in states[0]["model"].items() if part in name)
     reinforce(hurt.parent, toy_base, resume=True, updates=9)
-    assert rows(hurt / "update_log.csv")[:8] == rows(alone / "update_log.csv")
-    assert run_files.load_state(hurt / "state.pt")["update"] == 9
-    history = json.loads((hurt / "run.json").read_text())["history"]
-    assert len(history) == 7 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
+    assert rows(hurt / "update_log.csv")[:-1] == rows(alone / "update_log.csv")
+    history = read_json(hurt / "run.json")["history"]
+    assert len(history) == 6 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
 
 
 def fine_tune(root, pipeline, resume, fault=""):
@@ -149,22 +128,53 @@ def fine_tune(root, pipeline, resume, fault=""):
 
 
 def test_fine_tuning_resumes_exactly(pipeline, tmp_path):
-    """Starts that end badly and a last one, against the pipeline's; then a full disk at the very end.
+    """Against the pipeline's; then a full disk. The adapter that is there stays whole until another one is."""
+    shutil.copytree(pipeline.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("old")
 
-    The adapter that is there stays whole until another one is.
-    """
-    adapter = shutil.copytree(pipeline.adapter, tmp_path / "adapter")
-    (adapter / "README.md").write_text("old")
-    before = files(adapter)
-    for fault, expected in (("second epoch", KILLED), ("checkpoint", KILLED), ("ctrl-c", 1)):
-        code, output = run(fine_tune, tmp_path, pipeline.root, fault != "second epoch", fault)
-        assert code == expected and files(adapter) == before, output
-    code, output = run(fine_tune, tmp_path, pipeline.root, True)
-    assert code == 0, output
-    log = rows(tmp_path / "results" / "lora_log.csv")
-    assert log == rows(pipeline.results / "lora_log.csv") and [row["epoch"] for row in log] == ["0", "1", "2"]
-    before = files(adapter)
+    def start(resume, fault, code):
+        before = files(tmp_path / "adapter")
+        run(fine_tune, tmp_path, pipeline.root, resume, fault, code=code, error=fault == "disk")
+        assert (files(tmp_path / "adapter") == before) == bool(fault), fault
+
+    start(False, "second epoch", KILLED)
+    start(True, "checkpoint", KILLED)
+    start(True, "ctrl-c", 1)
+    start(True, "", 0)
+    assert rows(tmp_path / "results" / "lora_log.csv") == rows(pipeline.results / "lora_log.csv")
+    ours, theirs = files(tmp_path / "adapter"), files(pipeline.adapter)
     for name in ("adapter_model.safetensors", "adapter_config.json", "task.json"):
-        assert before[name] == (pipeline.adapter / name).read_bytes()
-    code, output = run(fine_tune, tmp_path, pipeline.root, True, "disk")
-    assert code == 1 and "error: " in output and files(adapter) == before, output
+        assert ours[name] == theirs[name], name
+    start(True, "disk", 1)
+
+
+def collect_noise(tracks, num_frames):
+    """Frames of noise with answers about random scenes, and their speeds and offsets."""
+    frames = np.random.default_rng(tracks[0]).integers(0, 256, (num_frames, 96, 96, 3), dtype=np.uint8)
+    scenes = [scene_of(seed) for seed in range(num_frames)]
+    return frames, [describe(*scene) for scene in scenes], [(state[0] * 50, state[12] * 6) for state, _ in scenes]
+
+
+def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
+    """Interrupted in the second of its epochs at toy size, it ends in the same weights."""
+
+    def make(name, **constants):
+        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, FITS=16, EPOCHS=3, SAVE_EVERY=2)
+        module = script("offline/make_git_tiny", OUTPUT_DIR=str(tmp_path / name), **TOY_SHAPE, **toy, **constants)
+        module.STATE, module.collect = tmp_path / f"{name}.pt", collect_noise
+        return module
+
+    def press_ctrl_c():
+        raise KeyboardInterrupt
+
+    interrupted = make("hurt")
+    at_call(6, interrupted, "train_step", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.main()
+    losses = run_files.load_state(interrupted.STATE)["losses"]
+    assert losses[-1] < losses[0] and [path.name for path in tmp_path.iterdir()] == ["hurt.pt"]
+    torch.manual_seed(99)
+    make("hurt", RESUME=True).main()
+    make("alone").main()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "hurt")]
+    assert weights[0] == weights[1]

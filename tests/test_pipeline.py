@@ -1,22 +1,14 @@
 """What the four scripts wrote, run one after the other."""
 
-import json
-
 import datasets
 import numpy as np
 import pytest
 from conftest import COLLECT, STAGE2, toy_script
 
 import car_racing_env
-import GitText2ActionWithPrompt as model_file
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
-from support.checks import BadInput
-from support.run_files import ROOT, file_hash, read_log
-from teacher import TEACHER
-
-
-def read(path):
-    return json.loads(path.read_text())
+from support.checks import BadInput, read_json
+from support.run_files import file_hash, read_log
 
 
 def test_captions_read_as_imagefolder(pipeline, tmp_path):
@@ -28,46 +20,27 @@ def test_captions_read_as_imagefolder(pipeline, tmp_path):
     assert max(train) < car_racing_env.TRAIN_TRACKS <= min(validation)
 
 
-def test_every_folder_says_what_it_is(pipeline):
-    policy = pipeline.results / "policy"
-    for folder in (pipeline.data, pipeline.adapter, policy):
-        assert (folder / "README.md").read_text().startswith("---\n")
-    for path in (pipeline.data / "task.json", pipeline.adapter / "task.json", policy / "policy.json"):
-        assert model_file.task().items() <= read(path).items()
-    runs = {name: read(getattr(pipeline, name) / "run.json") for name in ("data", "adapter", "results")}
-    for run in runs.values():
-        assert run["constants"]["car_racing_env.py"]["FRAME_SKIP"] == 2 and run["versions"]["torch"] and run["machine"]
-    assert runs["data"]["inputs"]["teacher_hash"] == file_hash(ROOT / TEACHER)
-    assert runs["adapter"]["inputs"]["data_hash"] == file_hash(pipeline.data / "train" / "metadata.jsonl")
-    assert runs["results"]["inputs"]["adapter_hash"] == file_hash(pipeline.adapter / "adapter_model.safetensors")
-    assert not list(pipeline.root.rglob("*.partial*")) and not list(pipeline.root.rglob("*.old"))
-
-
 def test_logs(pipeline):
     lora, updates, evaluations = (read_log(pipeline.results / f"{x}_log.csv") for x in ("lora", "update", "eval"))
     assert [row["epoch"] for row in lora] == ["0", "1", "2"]
-    assert float(lora[2]["average_loss"]) < float(lora[1]["average_loss"]) and 0 <= float(lora[2]["exact_match"]) <= 1
+    assert float(lora[2]["average_loss"]) < float(lora[1]["average_loss"])
     assert [int(row["env_frames"]) for row in updates] == [240, 480, 720]  # 2 x 60 decisions of 2 frames
-    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "kl_to_answers", "explained_variance")
-    assert all(np.isfinite(float(row[name])) for row in updates for name in names)
+    assert all(np.isfinite(float(x)) for row in updates for name, x in row.items() if not name.startswith("obeyed"))
     assert [row["update"] + row["driver"] for row in evaluations] == ["0answers", "0policy", "3policy"]
 
 
 def test_an_adapter_learns_on_with_captions_of_drives_of_its_own(pipeline, tmp_path, script):
     """Stage 1 lets it drive, stage 2 goes on with both datasets: it begins where it ended."""
-    driven = str(tmp_path / "driven")
-    toy_script(COLLECT, tmp_path, POLICY=str(pipeline.adapter), OUTPUT_DIR=driven).main()
-    inputs = dict(BASE_MODEL=str(pipeline.base), DATA_DIR=str(pipeline.data), MORE_DATA=(driven,))
+    driven = tmp_path / "driven"
+    toy_script(COLLECT, tmp_path, POLICY=str(pipeline.adapter), OUTPUT_DIR=str(driven)).main()
+    inputs = dict(BASE_MODEL=str(pipeline.base), DATA_DIR=str(pipeline.data), MORE_DATA=(str(driven),))
     toy_script(STAGE2, tmp_path, ADAPTER=str(pipeline.adapter), EPOCHS=1, **inputs).main()
     before, (began, ended) = (read_log(x / "results" / "lora_log.csv") for x in (pipeline.root, tmp_path))
     assert began["validation_loss"] == before[-1]["validation_loss"]
     assert float(ended["average_loss"]) < float(before[1]["average_loss"])
-    made, hashes = (
-        read(tmp_path / "adapter" / "run.json"),
-        [file_hash(x / "train" / "metadata.jsonl") for x in (pipeline.data, tmp_path / "driven")],
-    )
-    assert made["inputs"]["data_hash"] == " ".join(hashes) and hashes[0] != hashes[1]
-    GitText2ActionWithPrompt.from_pretrained(tmp_path / "adapter")
+    hashes = [file_hash(data / "train" / "metadata.jsonl") for data in (pipeline.data, driven)]
+    assert read_json(tmp_path / "adapter" / "run.json")["inputs"]["data_hash"] == " ".join(hashes)
+    assert GitText2ActionWithPrompt.from_pretrained(tmp_path / "adapter") and hashes[0] != hashes[1]
 
 
 def test_a_loss_that_is_not_finite_is_neither_saved_nor_resumed_from(pipeline, tmp_path, script):
@@ -80,8 +53,7 @@ def test_a_loss_that_is_not_finite_is_neither_saved_nor_resumed_from(pipeline, t
 def test_logged_returns_are_the_tasks_own(pipeline):
     """1000 / N for each of the N tiles that was visited, minus 0.1 a frame; training rewards give no whole tiles."""
     env, rows = car_racing_env.make_env(draw=False), read_log(pipeline.results / "reward_log.csv")
-    assert list(rows[0]) == ["episode", "update", "env_frames", "return", "length", "end", "track_seed", "told"]
-    assert [int(row["episode"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert [int(row["episode"]) for row in rows] == list(range(1, len(rows) + 1)) and rows
     for row in rows:
         env.reset(seed=int(row["track_seed"]))
         outside = 99.9 if row["end"] == "field" else 0.0  # -100 in place of the last frame's reward
@@ -91,11 +63,9 @@ def test_logged_returns_are_the_tasks_own(pipeline):
 
 def test_the_saved_policy_scores_the_same(pipeline):
     """From its files alone, one environment at a time; and the file of the evaluation says so."""
-    facts = read(pipeline.results / "eval_policy.json")
-    evaluate = pipeline.evaluate
-    driver = evaluate.Policy(GitText2ActionWithPrompt.from_policy(pipeline.results / "policy"))
-    again = evaluate.evaluate(driver, [100_000, 100_001], 1, progress=False)
+    facts, policy = read_json(pipeline.results / "eval_policy.json"), pipeline.results / "policy"
+    driver = pipeline.evaluate.Policy(GitText2ActionWithPrompt.from_policy(policy))
+    again = pipeline.evaluate.evaluate(driver, [100_000, 100_001], 1, progress=False)
     assert [round(r["return"], 2) for r in again] == facts["returns"] and facts["seeds"] == [100_000, 100_001]
-    assert facts["weights_hash"] == file_hash(pipeline.results / "policy" / "policy.safetensors")
+    assert facts["weights_hash"] == file_hash(policy / "policy.safetensors")
     assert facts["mean"] == pytest.approx(np.mean(facts["returns"]), abs=0.01)
-    assert facts["std"] == pytest.approx(np.std(facts["returns"]), abs=0.01)

@@ -13,18 +13,16 @@ from hypothesis.extra.numpy import arrays
 from test_GitText2ActionWithPrompt import randomize
 
 import ppo_git_with_prompt as ppo
-from fast import git_forward
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, device, to_simulator
 from support import processes
 from support.checks import BadInput
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
-settings.load_profile("repeatable")
 shapes, flags = st.tuples(st.integers(1, 25), st.integers(1, 4)), st.sampled_from([0.0, 1.0])
 finite = st.floats(-100, 100, width=32)
 make_accelerator = functools.partial(processes.make_accelerator, device())
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.data(), shapes, st.floats(0, 0.999), st.floats(0, 1))
 def test_gae_is_the_sum_of_its_definition(data, shape, gamma, lam):
     """Every advantage as an explicit forward sum of discounted TD errors up to the episode's end."""
@@ -66,31 +64,28 @@ class Toy(gym.Env):
     """
 
     observation_space, action_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8), gym.spaces.Discrete(5)
-    resume_from, episode = None, -1
+    episode = -1
 
     def __init__(self, number, length, truncates, pay=(0, 1, 2, 3, 4), says=("",)):
         self.number, self.length, self.truncates, self.pay, self.says = number, length, truncates, pay, says
 
-    def frame(self):
+    def see(self, **info):
         rng = np.random.default_rng([self.number, self.episode, self.t])
-        return rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        return rng.integers(0, 256, (96, 96, 3), np.uint8), info | {"instruction": self.says[self.t % len(self.says)]}
 
     def reset(self, *, seed=None, options=None):
-        self.episode, self.t = self.resume_from or (self.episode + 1, 0)
-        self.resume_from = None
-        return self.frame(), self.told()
-
-    def told(self):
-        return {"instruction": self.says[self.t % len(self.says)]}
+        self.episode, self.t = self.episode + 1, 0
+        return self.see()
 
     def step(self, action):
         self.t += 1
         end = self.t == self.length
-        info = {"episode_summary": {"track_seed": 100 * self.number + self.episode, "length": self.t}} if end else {}
-        return self.frame(), self.pay[action], end and not self.truncates, end and self.truncates, info | self.told()
+        summary = {"episode_summary": {"track_seed": 100 * self.number + self.episode, "length": self.t}} if end else {}
+        frame, info = self.see(**summary)
+        return frame, self.pay[action], end and not self.truncates, end and self.truncates, info
 
     def snapshot(self):
-        return self.episode, self.t
+        """What a resumed run would need; nothing here is resumed."""
 
 
 def make_toys(lengths=(4, 3), **kwargs):
@@ -147,26 +142,15 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora, monkeypatc
     assert cut > len(ended)
     assert sorted(episodes, key=str) == sorted(ended, key=str) and len(ended) == 2 + 3
     assert data["dropout"].unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
-    assert (data["dropout"] == 0).float().mean() == pytest.approx(
-        0.1, abs=5 * (0.1 * 0.9 / data["dropout"].numel()) ** 0.5
-    )
+    assert (data["dropout"] == 0).float().mean() == pytest.approx(0.1, abs=0.02)  # five standard deviations
 
 
-@torch.no_grad()
 def make_batch(model, size=40):
-    """Stored decisions of random frames; of the actions 1 is the better one."""
-    frames = torch.randint(0, 256, (size, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features, scores = model.encode(frames)
-    dropout, action = model.draw_dropout(size), torch.arange(size) % 5
-    log_prob = model.head(features, scores, dropout)[0].log_softmax(-1).gather(1, action[:, None])[:, 0]
-    batch = {
-        "frames": frames,
-        "features": features,
-        "answer_log_probs": scores,
-        "dropout": dropout,
-        "action": action,
-    }
-    return batch | {"log_prob": log_prob, "advantage": (action == 1).float(), "returns": torch.linspace(0, 1, size)}
+    """Decisions of a rollout in toys; of the actions 1 is the better one."""
+    envs = make_toys()
+    _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, size // 2)
+    batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
+    return batch | {"advantage": (batch["action"] == 1).float(), "returns": torch.linspace(0, 1, size)}
 
 
 def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model):
@@ -187,16 +171,14 @@ def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model
 def test_microbatches_add_up_to_the_minibatch(toy_model, script):
     toy_model.add_lora(2, 4)
     randomize(toy_model, "lora_B", "_head.")
-    batch, results = make_batch(toy_model, 20) | {"instructions": np.full(20, "")}, []
-    toy_model.weights = git_forward.prepare(
-        toy_model.base, toy_model.processor.image_processor, onednn=False
-    )  # to copy
+    batch, start, results = make_batch(toy_model, 20), copy.deepcopy(toy_model.trained_parameters()), []
     for size in (20, 7):
-        model, edited = copy.deepcopy(toy_model), script("ppo_git_with_prompt", MICROBATCH_SIZE=size)
-        lora = [p for n, p in model.named_parameters() if "lora_" in n]
-        edited.update(model, torch.optim.SGD(lora, lr=1.0), batch, make_accelerator(), k_epochs=1)
-        results.append(lora)
-    for before, p, q in zip((p for n, p in toy_model.named_parameters() if "lora_" in n), *results):
+        toy_model.load_trained(start, "the start")
+        lora = [p for n, p in toy_model.named_parameters() if "lora_" in n]
+        edited = script("ppo_git_with_prompt", MICROBATCH_SIZE=size)
+        edited.update(toy_model, torch.optim.SGD(lora, lr=1.0), batch, make_accelerator(), k_epochs=1)
+        results.append([p.detach().clone() for p in lora])
+    for before, p, q in zip((p for n, p in start.items() if "lora_" in n), *results):
         assert not torch.equal(before, p) and torch.allclose(p, q, atol=1e-5)
 
 
@@ -215,12 +197,8 @@ def run(toy_base):
     return train(model, make_toys())
 
 
-def test_training_yields_before_the_first_update_and_after_each(run):
-    """While the value warms up nothing else moves; the learning rate falls to a tenth."""
-    assert [number for number, *_ in run] == [0, 1, 2, 3, 4, 5] == [state["update"] for *_, state in run]
-    finished = [(decision, info["track_seed"]) for _, episodes, *_ in run for decision, info in episodes]
-    assert sorted(seed for _, seed in finished) == [*range(7), *range(100, 110)]  # in 30 steps 7 of 4 and 10 of 3
-    assert {decision for decision, _ in finished} <= {*range(6)}
+def test_while_the_value_warms_up_nothing_else_moves(run):
+    """And the learning rate falls to a tenth."""
     rates = [diagnostics["learning_rate"] for _, _, diagnostics, _ in run[1:]]
     assert rates == pytest.approx(np.linspace(1, 0.1, 5) * ppo.LEARNING_RATE)
     for kind, first in (("value_head", 1), ("policy_head", 4), ("lora_B", 4)):
@@ -237,21 +215,6 @@ def test_the_average_is_the_weighted_sum_of_all_updates(run):
     for name, average in states[-1]["average"].items():
         expected = sum(w * state["model"][name].double() for w, state in zip(weights, states, strict=True))
         assert torch.allclose(average.double(), expected, atol=1e-6)
-
-
-def test_a_state_continues_to_the_same_numbers(run, toy_base):
-    torch.manual_seed(99)
-    model = GitText2ActionWithPrompt.from_pretrained(toy_base)
-    model.add_lora(2, 4)
-    resumed = train(model, make_toys(), state=copy.deepcopy(run[3][3]))
-    assert [number for number, *_ in resumed] == [4, 5]
-    for (_, episodes, diagnostics, state), (_, *expected) in zip(resumed, run[4:]):
-        clock = {name: diagnostics[name] for name in ("decisions_per_second", "update_share", "seconds")}
-        assert episodes == expected[0] and diagnostics == expected[1] | clock
-        for part in ("model", "average"):
-            assert all(torch.equal(p, expected[2][part][name]) for name, p in state[part].items())
-        ours, theirs = (x["processes"][0] for x in (state, expected[2]))
-        assert torch.equal(ours["rng"]["cpu"], theirs["rng"]["cpu"]) and ours["episodes"] == theirs["episodes"]
 
 
 def test_the_first_value_loss_by_hand(toy_model):

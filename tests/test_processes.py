@@ -9,19 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate.utils import gather_object
 from test_ppo_git_with_prompt import make_accelerator, make_batch, train
+from toy_process import same
 
 import ppo_git_with_prompt as ppo
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import processes
-from support.checks import BadInput
 from support.run_files import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -34,20 +32,14 @@ def test_jobs_come_back_in_order_and_closing_ends_the_workers():
         workers = multiprocessing.active_children()
         next(run_jobs(bytes, itertools.repeat(30_000_000)))  # while results are handed over
     assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
-    with processes.workers(1) as run_jobs, pytest.raises(BrokenProcessPool):  # one that dies is not waited for
-        next(run_jobs(os._exit, iter([1])))
 
 
-def test_a_lost_simulator_is_bad_input_and_closing_ends_the_others():
-    """Deaf ones too: SDL handles SIGTERM while a display is open, and forked workers inherit that."""
+def test_closing_ends_deaf_simulators():
+    """SDL handles SIGTERM while a display is open, and forked workers inherit that."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     envs = ppo.make_envs(0, num_envs=2)
     signal.signal(signal.SIGTERM, before)
-    with contextlib.closing(envs):
-        envs.reset()
-        os.kill(envs.processes[0].pid, signal.SIGKILL)
-        with pytest.raises(BadInput, match="NUM_ENVS"):
-            envs.step(np.zeros(2, dtype=np.int64))
+    envs.close()
     assert not any(process.is_alive() for process in envs.processes)
 
 
@@ -66,41 +58,39 @@ def update(base, stored):
     return model.trained_parameters() | {"rewards": accelerator.gather(rewards.T.contiguous()).T}, diagnostics
 
 
-def main(base, batch, output):
-    """Under torchrun: an update on a share of `batch`, two updates in simulators, and the second once more."""
+def main(folder):
+    """Under torchrun: an update on a share of a batch, two updates in simulators, and the second once more."""
     rank, _ = processes.join_torchrun()
     first, second = (ppo.make_envs(0, num_envs=2, rank=rank) for _ in range(2))
     torch.set_num_threads(1)
 
     def run(envs, state=None):
         torch.manual_seed(rank)
-        model = GitText2ActionWithPrompt.from_pretrained(base)
-        return [new for *_, new in train(model, envs, state, total_updates=2, num_steps=5, k_epochs=1)]
+        model = GitText2ActionWithPrompt.from_pretrained(f"{folder}/base")
+        with contextlib.closing(envs):
+            states = [new for *_, new in train(model, envs, state, total_updates=2, num_steps=5, k_epochs=1)]
+            return states, gather_object(envs.get_attr("track_seed"))
 
-    result = {"update": update(base, torch.load(batch, weights_only=True))}
-    _, before, result["state"] = run(first)
-    (result["resumed"],) = run(second, before)
-    result["tracks"] = gather_object(first.get_attr("track_seed"))
-    first.close(), second.close()
+    updated = update(f"{folder}/base", torch.load(f"{folder}/batch.pt"))
+    (_, before, after), tracks = run(first)
+    result = {"updated": updated, "tracks": tracks, "state": after, "resumed": run(second, before)[0][0]}
     if rank == 0:
-        torch.save(result, output)
+        torch.save(result, f"{folder}/result.pt")
     make_accelerator().end_training()
 
 
 def test_two_processes_train_as_one_on_tracks_of_their_own_and_resume(toy_model, toy_base, tmp_path):
-    stored = make_batch(toy_model)
-    torch.save(stored, tmp_path / "stored.pt")
-    command = [*TORCHRUN, __file__, toy_base, tmp_path / "stored.pt", tmp_path / "two.pt"]
-    subprocess.run(command, env=ENV, check=True, timeout=180)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    expected, diagnostics = update(toy_base, stored)
+    batch = {name: x for name, x in make_batch(toy_model).items() if torch.is_tensor(x)}
+    torch.save(batch, tmp_path / "batch.pt")
+    (tmp_path / "base").symlink_to(toy_base)
+    subprocess.run([*TORCHRUN, __file__, tmp_path], env=ENV, check=True, timeout=180)
+    two, (expected, diagnostics) = torch.load(tmp_path / "result.pt"), update(toy_base, batch)
     for name, x in expected.items():
-        assert torch.allclose(two["update"][0][name], x, atol=1e-5) and x.abs().max() > 1e-4, name
-    assert two["update"][1] == pytest.approx(diagnostics, abs=1e-5)
+        assert torch.allclose(two["updated"][0][name], x, atol=1e-5) and x.abs().max() > 1e-4, name
+    assert two["updated"][1] == pytest.approx(diagnostics, abs=1e-5)
     assert len(two["tracks"]) == len(set(two["tracks"])) == 4
-    assert all(torch.equal(p, two["resumed"]["model"][name]) for name, p in two["state"]["model"].items())
-    for ours, theirs in zip(two["resumed"]["processes"], two["state"]["processes"], strict=True):
-        assert ours["episodes"] == theirs["episodes"] and torch.equal(ours["rng"]["cpu"], theirs["rng"]["cpu"])
+    for name in ("model", "average", "processes"):
+        assert same(two["resumed"][name], two["state"][name]), name
 
 
 def test_a_killed_torchrun_leaves_no_process(tmp_path):
@@ -118,4 +108,4 @@ def test_a_killed_torchrun_leaves_no_process(tmp_path):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

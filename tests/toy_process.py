@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 
+import torch
+
 from support import checks, run_files
 
 context = multiprocessing.get_context("forkserver")
@@ -55,12 +57,10 @@ class Toy:
         return code, output
 
 
-def run(function, *args):
-    """`function(*args)` in a process of its own: exit code and output."""
-    return Toy(function, *args).end()
-
-
-# what may happen to a process
+def run(function, *args, code=0, error=False):
+    """`function(*args)` in a process of its own, which must end with `code`, an `error` with one line that says so."""
+    ended, output = Toy(function, *args).end()
+    assert (ended, "error: " in output) == (code, error), output
 
 
 def die():
@@ -89,9 +89,6 @@ def at_call(number, holder, name, event):
     setattr(holder, name, watched)
 
 
-# what it leaves
-
-
 def files(folder):
     """The content of every file in a folder, by name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -101,3 +98,12 @@ def rows(path):
     """A log without the columns that a clock fills."""
     clock = ("decisions_per_second", "update_share", "seconds")
     return [{name: x for name, x in row.items() if name not in clock} for row in run_files.read_log(path)]
+
+
+def same(a, b):
+    """Whether two states are equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
