@@ -78,7 +78,7 @@ def table():
             runs[name][row["seed"]] = row
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     lines = [
-        f"| change | {seeds} | mean ± std over seeds | minus as it is, each seed |",
+        f"| change | {seeds} | mean ± std over seeds | difference from as it is, each seed |",
         "|---" * (len(SEEDS) + 3) + "|",
     ]
     for name, rows in runs.items():

@@ -1,4 +1,4 @@
-"""Who does what he is told? Each instruction, in taught and in other words, in mid-drive on tracks held out.
+"""Which driver obeys? Each instruction, in taught and in other words, in mid-drive on tracks held out.
 
 A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py. Every
 track hears a phrasing of its own. In some drives it is told to stop and later to drive on, in others two things that
@@ -129,8 +129,10 @@ def measure_contradiction(driver, names):
 
 
 def draw(measured, path):
-    """Left: share of obeyed drives by instruction, a line for each driver. Right: speed and place under each, after PPO."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6.5), layout="constrained")
+    """Share of obeyed drives by instruction, each driver a colour; and how fast and where the policy drove, beside targets."""
+    figure, (shares, speeds, offsets) = plt.subplots(
+        1, 3, figsize=(12, 6.5), sharey=True, layout="constrained", width_ratios=(3, 1, 1)
+    )
     drivers = {"answers": "tab:green", "policy": "tab:orange", "teacher": "tab:blue"}
     markers = {"taught": "o", "held_out": "s", "new": "^", "nothing": "x"}
     parts = {driver: measured[driver]["rows"] for driver in drivers if driver in measured}
@@ -143,21 +145,23 @@ def draw(measured, path):
             looks = {"marker": marker, "color": color, "s": 28, "facecolors": "none" if group == "held_out" else color}
             looks |= {"color": "tab:gray", "facecolors": "tab:gray"} if group == "nothing" else {}
             places = [names.index(row["instruction"]) + 0.22 * (i - 1) for row in rows]
-            left.scatter([100 * row["obeyed"] for row in rows], places, label=f"{driver}, {GROUPS[group]}", **looks)
+            shares.scatter([100 * row["obeyed"] for row in rows], places, label=f"{driver}, {GROUPS[group]}", **looks)
             if driver == "policy" and group != "nothing":
-                right.scatter([row["mean_offset"] for row in rows], [row["mean_speed"] for row in rows], **looks)
-    for row in parts.get("policy", []):
-        if row["group"] in ("taught", "new"):
-            place = row["mean_offset"], row["mean_speed"]
-            right.annotate(row["instruction"], place, fontsize=7, xytext=(5, 3), textcoords="offset points")
-    left.set(title="Who does what he is told", xlabel="% of the drives that obeyed", xlim=(-3, 103))
-    left.set_yticks(range(len(names)), names, fontsize=8)
-    left.invert_yaxis()
-    right.set(title="How the policy drives then", xlabel="mean offset from the middle of the road (units, right is positive)",
-              ylabel="mean speed (units per second)")  # fmt: skip
+                speeds.scatter([row["mean_speed"] for row in rows], places, **looks)
+                offsets.scatter([row["mean_offset"] for row in rows], places, **looks)
+    for place, name in enumerate(names):
+        target = instructions.target(name)
+        for axes, asked in ((speeds, target.speed), (offsets, target.side)):
+            if asked is not None:
+                axes.plot(asked, place, "k|", markersize=14)
+    shares.set(title="Which driver obeys", xlabel="% of the drives that obeyed", xlim=(-3, 103))
+    speeds.set(title="The policy's speed", xlabel="mean (|: asked for)")
+    offsets.set(title="Its place on the road", xlabel="mean offset (units)", xlim=(-6.7, 6.7))
+    shares.set_yticks(range(len(names)), names, fontsize=8)
+    shares.invert_yaxis()
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=4)
-    left.grid(alpha=0.3)
-    right.grid(alpha=0.3)
+    for axes in (shares, speeds, offsets):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

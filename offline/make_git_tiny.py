@@ -6,7 +6,7 @@ about the scene (questions.py), answered in sentences from the simulator's state
 to say in the simplest words what somebody wants, by the taught phrasings of instructions.py, and whether that is how the car
 drives: a model that has read a book knows that left is not right. What to do about it, it does not know.
 
-    python -m offline.make_git_tiny      # 40 to 80 minutes on two CPU cores (estimated), 3 on a GPU and 16 cores; the shipped one: git checkout offline/git-tiny
+    python -m offline.make_git_tiny      # 30 to 60 minutes on two CPU cores, 3 on a GPU and 16 cores; the shipped one: git checkout offline/git-tiny
 """
 
 import functools

@@ -91,7 +91,7 @@ def draw_reward_curve(results):
         title="Return of the PPO run", xlabel=FRAMES_LABEL, ylabel="return", ylim=(bottom, 960 if bottom else 1000)
     )
     axis.grid(alpha=0.3)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=3)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=2)
     save(figure, results / "reward_curve.png")
 
 

@@ -14,6 +14,7 @@ from support.run_files import ROOT, read_log
 PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
 PAGES = {page.stem: page for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 README, RESULTS, LANGUAGE, ABLATIONS = (PAGES[x].read_text() for x in ("README", "results", "language", "ablations"))
+ROUNDS = ("second_round", "third_round", "fourth_round")  # of captions, after the first
 SCORE = re.compile(r"\[(-?[\d.]+ ± [\d.]+)\]\(\.\./results/published/([\w/]+\.json)\)(?:, laps (\d+) %, min (-?\d+))?")
 
 
@@ -49,12 +50,12 @@ def test_scores():
 def test_the_training_runs():
     means = [float(row["mean"]) for row in read_log(PUBLISHED / "eval_log.csv") if row["driver"] == "policy"]
     assert " -> ".join(f"{mean:.1f}" for mean in means) in RESULTS
-    first, second = (read_log(PUBLISHED / path)[1:] for path in ("lora_log.csv", "second_round/lora_log.csv"))
-    for (_, *cells), row in zip(table(RESULTS, "| epoch |"), first + second, strict=True):
+    rounds = [read_log(PUBLISHED / place / "lora_log.csv")[1:] for place in (".", *ROUNDS)]
+    for (_, *cells), row in zip(table(RESULTS, "| epoch |"), sum(rounds, []), strict=True):
         losses = [f"{float(row[loss]):.3f}" for loss in ("average_loss", "validation_loss")]
         assert cells == [*losses, percent(row["exact_match"])]
     for kind, *cells in table(LANGUAGE, "| kind |"):
-        assert cells == [percent(second[-1][f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], kind
+        assert cells == [percent(rounds[-1][-1][f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], kind
 
 
 def test_obedience():
@@ -82,7 +83,7 @@ def test_obedience():
 def test_recovery_prompts_pictures_and_agreement():
     measured = read_json(BENCHMARKS / "recovery.json")
     for angles, *cells in table(RESULTS, "| turned by"):
-        policy, teacher = measured["policy"][angles], measured["teacher"][angles]
+        policy, teacher = (measured[driver][angles.removeprefix("all of ")] for driver in ("policy", "teacher"))
         shares = map(percent, (policy["came_back"], teacher["came_back"], policy["coasting"]))
         assert cells == [str(policy["drives"]), *shares], angles
     measured = read_json(BENCHMARKS / "prompts.json")
@@ -103,12 +104,12 @@ def test_recovery_prompts_pictures_and_agreement():
 def test_ablations_speed_and_page():
     assert ablations.table() in ABLATIONS
     medians = {f"{row['median_ratio']:g}" for row in read_json(BENCHMARKS / "results.json").values()}
-    assert {ratio for row in table(RESULTS, "| what | compared with") for ratio in row[2].split(" / ")} <= medians
+    assert {ratio for *_, ratio in table(RESULTS, "| what | compared with")} <= medians
     measured = read_json(BENCHMARKS / "page.json")
     assert table(RESULTS, "| visitors") == [[*map(str, row.values())] for row in measured["together"]]
     latency, soak = measured["latency_ms"], measured["soak"]
-    assert f"median {latency['median']} ms, worst {latency['worst']} ms of {latency['of']}" in RESULTS
-    assert f"{soak['threads_before']} threads before and {soak['threads_after']} after" in RESULTS
+    assert f"median {latency['median']} ms, slowest of {latency['of']} trials {latency['worst']} ms" in RESULTS
+    assert f"{soak['threads_before']} to {soak['threads_after']}" in RESULTS
     assert all(f"{soak['memory_mb'][i]} MB" in RESULTS for i in (0, -1))
 
 
