@@ -67,7 +67,9 @@ def task():
 
 def device():
     """The torch device that DEVICE means, under torchrun this process's own GPU."""
-    if DEVICE == "cpu" or (DEVICE == "auto" and not torch.cuda.is_available()):
+    if DEVICE not in ("auto", "cpu", "cuda") or (DEVICE == "cuda" and not torch.cuda.is_available()):
+        raise BadInput(f'DEVICE = {DEVICE!r}: use "auto" or "cpu", or "cuda" where torch finds a GPU')
+    if DEVICE == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
@@ -130,7 +132,7 @@ class GitText2ActionWithPrompt(nn.Module):
         language_prior=LANGUAGE_PRIOR, prior_floor=PRIOR_FLOOR, head_size=HEAD_SIZE, dropout=DROPOUT,
     ):  # fmt: skip
         super().__init__()
-        self.git, self.processor, self.source, self.has_lora = git, processor, source, False
+        self.git, self.processor, self.source, self.trains_lora = git, processor, source, False
         self.language_prior, self.prior_floor, self.head_size = language_prior, prior_floor, head_size
         self.dropout, self.feature_size = dropout, git.config.hidden_size
         self.question, self.answers = PROMPT, answer_ids(processor.tokenizer)  # the answers as token ids
@@ -190,12 +192,13 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def prepare(self):
         """Read the backbone's present weights into the fast pass: the answers are those of the backbone as it is now."""
+        assert not self.trains_lora, "the answers stay those without the LoRA that PPO trains"
         self.weights = git_forward.prepare(self.base, self.processor.image_processor)
 
     def add_lora(self, rank, alpha):
         """Put a fresh, trainable LoRA on the (merged) backbone, for the features; the answers stay those without it."""
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"({BACKBONE_LAYERS})")
-        self.git, self.has_lora = get_peft_model(self.git, config).eval(), True
+        self.git, self.trains_lora = get_peft_model(self.git, config).eval(), True
         self.source = self.source | {"lora_rank": rank, "lora_alpha": alpha}
 
     @property
@@ -255,8 +258,10 @@ class GitText2ActionWithPrompt(nn.Module):
 
         `state` is that of a pass already made. A LoRA that PPO trains makes a pass of its own and gets gradients.
         """
-        if self.has_lora or state is None:
-            weights = git_forward.collect(self.base, self.processor.image_processor) if self.has_lora else self.weights
+        if self.trains_lora or state is None:
+            weights = (
+                git_forward.collect(self.base, self.processor.image_processor) if self.trains_lora else self.weights
+            )
             state = self.read(weights, frames, instructions)[:, 0]
         return state  # another input of the heads is joined here; feature_size counts it
 

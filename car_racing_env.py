@@ -58,21 +58,21 @@ class FrameSkip(gym.Wrapper):
 
     def __init__(self, env, skip, draw=True):
         super().__init__(env)
-        self.skip, self.draw = skip, draw
+        self.skip, self.draws = skip, draw
 
     def reset(self, *, seed=None, options=None):
-        self.unwrapped.drawing = self.draw
+        self.unwrapped.drawing = self.draws
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
         total = 0.0
         for frame in range(self.skip):
-            self.unwrapped.drawing = self.draw and frame == self.skip - 1
+            self.unwrapped.drawing = self.draws and frame == self.skip - 1
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += reward
             if terminated or truncated:
                 break
-        if obs is None and self.draw:
+        if obs is None and self.draws:
             obs = self.unwrapped.draw()
         return obs, total, terminated, truncated, info
 
@@ -95,11 +95,11 @@ class TrainingRewards(gym.Wrapper):
 
     def __init__(self, env, seed, rewards=REWARDS):
         super().__init__(env)
-        self.rng, self.rewards = np.random.default_rng(seed), rewards
+        self.track_rng, self.rewards = np.random.default_rng(seed), rewards
         self.frame_skip, self.instructed = env.get_wrapper_attr("skip"), env.has_wrapper_attr("told")
 
     def reset(self, *, seed=None, options=None):
-        self.track_seed = int(self.rng.integers(TRAIN_TRACKS))
+        self.track_seed = int(self.track_rng.integers(TRAIN_TRACKS))
         self.episode_return, self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0.0, 0, 0, 0, 0
         obs, info = self.env.reset(seed=self.track_seed, options=options)
         self.frames_before, self.travelled, self.faces = self._frames(), 0.0, self._faces_the_road()
@@ -172,7 +172,7 @@ class Instructed(gym.Wrapper):
     """Tell the driver what to do, and now and then something else. `TrainingRewards`, which pays for it, goes around it.
 
     `draw_instruction` maps a generator to an `instructions.Told`; each decision draws anew with probability `change`, a
-    standing car's three times as often. `told` holds for the next decision, `info["instruction"]` is its sentence,
+    driver told to stop three times as often. `told` holds for the next decision, `info["instruction"]` is its sentence,
     `info["kind"]` what was told for the last one ("" for nothing) and `info["obeyed"]` whether the car then was as told.
     """
 
@@ -184,7 +184,7 @@ class Instructed(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self.instruction_rng = np.random.default_rng([seed, 2])
+        self.instruction_rng = np.random.default_rng(None if seed is None else [seed, 2])
         self.tell()
         return obs, info | {"instruction": self.told.sentence}
 

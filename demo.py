@@ -58,7 +58,7 @@ DRIVERS = {
 }
 KEYS = {"ArrowLeft": 2, "ArrowRight": 1, "ArrowUp": 3, "ArrowDown": 4}  # the simulator's actions
 SENTENCES = {  # what a visitor may have typed, for the teacher, which reads no words
-    sentence: instruction.target
+    instructions.without_marks(sentence): instruction.target
     for instruction in instructions.INSTRUCTIONS.values()
     for sentence in instruction.taught + instruction.held_out
 }
@@ -203,7 +203,7 @@ class Session(threading.Thread):
 
     def do_ask(self, text):
         reads = [drive for drive in self.drives if drive.reads]
-        problem = self.problem(text) if reads else "None of these drivers can answer questions."
+        problem = self.problem("", text) if reads else "None of these drivers can answer questions."
         self.send({"asked": text, "reply": problem or reads[0].ask(text), "unknown": self.unknown(text)})
 
     def do_drivers(self, names):
@@ -228,10 +228,10 @@ class Session(threading.Thread):
             if drive.name == "you":
                 drive.driver.keys = keys
 
-    def problem(self, text):
-        """Why the model cannot read the text, or ""."""
+    def problem(self, instruction, question=None):
+        """Why the model cannot read an instruction or question, or ""."""
         try:
-            self.model.prompts(text, 1)
+            self.model.prompts(instruction, 1, question=question)
         except checks.BadInput as error:
             return str(error)
         return ""

@@ -43,7 +43,9 @@ SEED = 0  # of the random driver
 
 
 class Random:
-    """Uniformly random actions."""
+    """Uniformly random actions, whatever it is told."""
+
+    told = ""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -195,11 +197,6 @@ def main():
     if WATCH:
         film.check_display()
     tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)
-    print(f"{DRIVER} drives tracks {FIRST_TRACK} to {tracks[-1]} of {ENV_ID}, some 2 seconds each on two CPU cores")
-    results = evaluate(driver, tracks)
-    summary = summarize(results)
-    if DRIVER == "answers":
-        summary |= {"unparsable_answers": driver.unparsable, "answers": driver.words}
     facts = {
         "driver": DRIVER,
         "instruction": INSTRUCTION,
@@ -209,7 +206,14 @@ def main():
     }
     if DRIVER in WEIGHTS:
         weights = Path(WEIGHTS[DRIVER])
-        facts |= {"folder": str(weights.parent), "weights_hash": run_files.file_hash(ROOT / weights)}
+        facts["folder"] = str(weights.parent)
+        if (ROOT / weights).exists():  # a base has none of its own
+            facts["weights_hash"] = run_files.file_hash(ROOT / weights)
+    print(f"{DRIVER} drives tracks {FIRST_TRACK} to {tracks[-1]} of {ENV_ID}, some 2 seconds each on two CPU cores")
+    results = evaluate(driver, tracks)
+    summary = summarize(results)
+    if DRIVER == "answers":
+        summary |= {"unparsable_answers": driver.unparsable, "answers": driver.words}
     lists = {
         "returns": [round(r["return"], 2) for r in results],
         "ends": [r["end"] for r in results],

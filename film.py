@@ -1,6 +1,6 @@
 """A drive as pictures: the frame with question, answer, action and probabilities below it, as an mp4 or in a window.
 
-Reads and writes what it is told to; used by evaluate.py and ppo_git_with_prompt.py.
+Reads and writes what it is told to; used by evaluate.py, ppo_git_with_prompt.py and demo.py.
 """
 
 import functools
@@ -11,13 +11,14 @@ import pygame
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import questions
 from car_racing_env import FPS, FRAME_SKIP, episode_end
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, answer_of
+from GitText2ActionWithPrompt import ANSWERS, answer_of
 from support.checks import BadInput
 from teacher import make_evaluation_env
 
 # asked in turn, for a sentence below the answer
-SCENE_QUESTIONS = ("How does the road bend next?", "How fast is the car?", "Where on the road is the car?")
+SCENE_QUESTIONS = tuple(questions.QUESTIONS[about][0] for about in ("next bend", "speed", "offset"))
 SCENE_EVERY = 25  # decisions between two of them
 
 
@@ -71,7 +72,7 @@ def drive(driver, track_seed, heat_map=False):
     car = Drive(driver, track_seed)
     while not car.end:
         action, answer, probabilities = car.decide()
-        prompt = f"{driver.told}\n{driver.model.question}".strip() if car.reads else PROMPT
+        prompt = f"{driver.told}\n{driver.model.question}".strip() if car.reads else ""
         frame, name = car.picture(heat_map), answer_of(action)
         picture = compose(frame, prompt, answer, car.scene, name, probabilities, car.speed, car.total)
         car.step(action)

@@ -70,17 +70,17 @@ class Target:
         """Seconds after the instruction that are not judged."""
         return GRACE["stop" if self.speed == 0 else "other"]
 
-    def obeyed(self, speed, offset, on_road, travelled):
+    def obeyed(self, speed, offset, on_road, speed_along):
         """Whether a drive obeyed, from arrays (T,) of its decisions after the grace.
 
-        `on_road` says whether a wheel touches the road, `travelled` is the mean speed along the road.
+        `on_road` says whether a wheel touches the road, `speed_along` is the mean speed along the road.
         """
         if self.speed == 0:
             return bool(self.at_speed(speed).all())
-        if np.mean(on_road) < ON_ROAD_SHARE or travelled <= 0:  # on the grass, or the wrong way
+        if np.mean(on_road) < ON_ROAD_SHARE or speed_along <= 0:  # on the grass, or the wrong way
             return False
         if self == RACE:
-            return travelled >= RACING
+            return speed_along >= RACING
         return min(self.at_speed(speed).mean(), self.on_side(offset).mean()) >= OBEYED_SHARE
 
 
@@ -108,7 +108,7 @@ class Instruction(NamedTuple):
 
 def sentences(text):
     """The sentences of a block, each with its mark at the end."""
-    return tuple(" ".join(sentence.split()) for sentence in re.findall(r"[^.?]+[.?]", text))
+    return tuple(" ".join(sentence.split()) for sentence in re.findall(r"[^.?!]+[.?!]", text))
 
 
 def mirrored(phrasings):
@@ -288,13 +288,13 @@ GARBLED_SHARE = 0.03  # how often words of random letters, under which the drive
 # how often a sentence that names the other side is said in training, relative to the others: said as often, neither "left"
 # nor "right" tells much by itself, and LoRA had not learned which is which (LOG.md)
 INDIRECT = 0.4
-SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # left out or added then
+SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # which varied sentences drop or add
 SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
 
 # asked after an instruction: about the words alone, `wish` answers it; about the words and the picture, `fit` answers it
 WISH_QUESTION = "What do I want?"
 FIT_QUESTION = "Is it as I want it?"
-FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units, as seen, from which on it is not
+FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units that the car may be off without a complaint
 
 # the plain question in other words
 WORDINGS = sentences("""

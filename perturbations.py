@@ -54,7 +54,9 @@ class Throws(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self.rng = np.random.default_rng([seed, 1])  # not the stream of the track, of instructions or of bursts
+        self.rng = np.random.default_rng(
+            None if seed is None else [seed, 1]
+        )  # not the stream of the track, of instructions or of bursts
         self.due = self.rng.random() < self.at_start
         return obs, info
 

@@ -38,9 +38,11 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 NUM_ENVS = 8  # simulators, each in a process of its own
 TORCH_THREADS = 1  # two are a sixth faster on idle cores and several times slower on busy ones
 NUM_STEPS = 512  # decisions per environment and update
-INSTRUCTED_ENVS = 4  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
-CHANGE = 0.008  # chance per decision that it is told something else; three times as much while it stands
-THROWN = 0.001  # chance of that per decision and at the start; mistakes are free for six seconds then
+INSTRUCTED_SHARE = 0.5  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
+CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop
+THROWN = (
+    0.001  # chance per decision, and at the start, of a throw (perturbations.py); one that turns the car is no mistake
+)
 TOTAL_UPDATES = 48  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
 MINIBATCH_SIZE = 256  # decisions of each process; a step is that of the union
@@ -65,10 +67,9 @@ MICROBATCH_SIZE = 128  # decisions per pass backward through the backbone; a min
 
 EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
-VIDEO_EVERY = 200  # finished training episodes; and one after 10
+VIDEO_EVERY = 200  # finished training episodes; and one after 10; 0: none but the last
 VIDEO_TRACK = 100_000
 
-RATIO_TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-6  # as approx_kl; bfloat16 rounds by batch size
 # what a resumed run may change: none of it decides a number, but for the run's length
 MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY", "VIDEO_TRACK"}
 
@@ -126,6 +127,12 @@ class ReturnNormalizer:
         self.mean, self.var, self.count = self.mean + delta * n / total, m2 / total, total
         return reward / (self.var + 1e-8) ** 0.5
 
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
 
 def explained_variance(value, returns):
     """1 - Var(returns - value) / Var(returns): 1 is perfect, 0 as good as the mean."""
@@ -136,7 +143,7 @@ def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, r
     """The training environments, each in a process of its own; start them before torch starts its threads."""
     instructed = {"draw_instruction": instructions.draw, "change": CHANGE, "thrown": THROWN}
     make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
-    settings = [instructed if i < INSTRUCTED_ENVS else {} for i in range(num_envs)]
+    settings = [instructed if i < INSTRUCTED_SHARE * num_envs else {} for i in range(num_envs)]
     makers = [functools.partial(make, seed * 10_000 + rank * num_envs + i, **x) for i, x in enumerate(settings)]
     return processes.Simulators(makers, "SAME_STEP")
 
@@ -162,7 +169,7 @@ def rollout(envs, obs, model, num_steps):
         action = torch.multinomial(log_probs.exp(), 1)[:, 0]
         step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
         step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
-        if model.has_lora:  # its features change: what they are made of is kept
+        if model.trains_lora:  # its features change: what they are made of is kept
             step["frames"] = torch.from_numpy(obs[0].copy())
         sentences.append(obs[1])
         frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
@@ -178,7 +185,7 @@ def rollout(envs, obs, model, num_steps):
             followed[t, i] = model(last_frame[None], told[i])[1][0]
         for i in np.flatnonzero(ended):
             facts = {name: x[i] for name, x in infos["final_info"]["episode_summary"].items() if name[0] != "_"}
-            episodes.append((t, facts | {"told": int(i < INSTRUCTED_ENVS)}))
+            episodes.append((t, facts | {"told": int(i < INSTRUCTED_SHARE * envs.num_envs)}))
     data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     data["instructions"] = np.array(sentences, dtype=object)
     data["next_value"] = (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
@@ -196,7 +203,7 @@ def normalize_rewards(normalizer, reward, done, accelerator):
 
 def compute_loss(model, batch, mean_advantage, warming_up):
     """The loss of some stored decisions, and the terms it is made of; while warming up it is the value's alone."""
-    learned = model.has_lora and not warming_up
+    learned = model.trains_lora and not warming_up
     features = model.features(batch["frames"], batch["instructions"]) if learned else batch["features"]
     logits, value = model.head(features, batch["answer_log_probs"], batch["dropout"])
     # rewards are normalised; dividing by the batch's own spread too would blow up batches in which nothing happened
@@ -213,17 +220,17 @@ def compute_loss(model, batch, mean_advantage, warming_up):
 def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
     """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    totals, steps = {}, 0
+    totals, steps, rounding = {}, 0, 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16 rounds by batch size
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
             mean_advantage = accelerator.reduce(batch["advantage"][rows].mean(), "mean")
             optimizer.zero_grad()
-            for part in rows.split(MICROBATCH_SIZE if model.has_lora else MINIBATCH_SIZE):
+            for part in rows.split(MICROBATCH_SIZE if model.trains_lora else MINIBATCH_SIZE):
                 microbatch, share = {name: x[part] for name, x in batch.items()}, len(part) / len(rows)
                 loss, terms = compute_loss(model, microbatch, mean_advantage, warming_up)
                 if not torch.isfinite(loss):
                     raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
-                if steps == 0 and terms["approx_kl"] > RATIO_TOLERANCE:
+                if steps == 0 and terms["approx_kl"] > rounding:
                     raise RuntimeError("the policy ratio is not 1 before the first step: dropout or features differ")
                 (share * loss).backward()
                 totals = {name: totals.get(name, 0.0) + share * x.detach() for name, x in terms.items()}
@@ -263,7 +270,7 @@ def train(
         model.load_trained(state["model"], "state.pt")
         average = {name: p.to(model.device) for name, p in state["average"].items()}
         optimizer.load_state_dict(state["optimizer"])
-        vars(normalizer).update(state["normalizer"])
+        normalizer.load_state_dict(state["normalizer"])
         own = state["processes"][accelerator.process_index]
         processes.set_rng_state(own["rng"], model.device)
         envs.set_attr("resume_from", own["episodes"])
@@ -272,7 +279,7 @@ def train(
     def saved_state(number):
         own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
         state = {"update": number, "model": model.trained_parameters(), "average": average}
-        state |= {"optimizer": optimizer.state_dict(), "normalizer": vars(normalizer)}
+        state |= {"optimizer": optimizer.state_dict(), "normalizer": normalizer.state_dict()}
         return state | {"processes": gather_object([own])}
 
     if not state:
@@ -321,11 +328,12 @@ def main():
         if RESUME:
             run, state = run_files.continue_run(results, run, MAY_CHANGE), run_files.load_state(results / "state.pt")
             episode = state["episode"]
+            averaged.load_trained(state["average"], "state.pt")
         if rank == 0:
             print(f"PPO on {MODEL}: {TOTAL_UPDATES} updates of {frames_per_update:,} frames; writes {RESULTS_DIR}/")
             logs = stack.enter_context(run_files.RunLogs(results, run, state))
 
-        evaluate_at = {TOTAL_UPDATES * i // EVALUATIONS for i in range(EVALUATIONS + 1)}
+        evaluate_at = {TOTAL_UPDATES, *(TOTAL_UPDATES * i // EVALUATIONS for i in range(EVALUATIONS))}
         bar = tqdm(total=TOTAL_UPDATES, initial=state["update"] if state else 0, unit="update", disable=rank > 0)
         stack.enter_context(bar)  # an error begins a line of its own
         for number, episodes, diagnostics, new_state in train(model, envs, accelerator, state):
@@ -337,7 +345,7 @@ def main():
                 episode += 1
                 frame = now["env_frames"] - frames_per_update + (decision + 1) * frames_per_update // NUM_STEPS
                 logs.episode({"episode": episode, "update": number, "env_frames": frame} | info)
-                if episode == 10 or episode % VIDEO_EVERY == 0:
+                if VIDEO_EVERY and (episode == 10 or episode % VIDEO_EVERY == 0):
                     film.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
             if number:
                 logs.update(now | diagnostics)

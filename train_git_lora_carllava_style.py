@@ -63,8 +63,9 @@ class EpochReport(TrainerCallback):
     A loss that is not finite ends the run before a checkpoint holds what it spoilt.
     """
 
-    def __init__(self, model, data, results):
-        self.model, self.data, self.results, self.metrics, self.began = model, data, results, None, time.time()
+    def __init__(self, model, data, results, write_run):
+        self.model, self.data, self.results, self.write_run = model, data, results, write_run
+        self.metrics, self.began = None, time.time()
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not np.isfinite(logs.get("loss", 0)):
@@ -85,6 +86,7 @@ class EpochReport(TrainerCallback):
             f"{np.mean(told):.1%}, wishes {row.get('exact_wish_taught', np.nan):.1%}, about the scene "
             f"{row.get('exact_scene', np.nan):.1%}"
         )
+        self.write_run()
         plots.draw_lora_loss(self.results)
         plots.draw_confusion(confusion, list(ANSWERS), self.results / "lora_confusion.png")
 
@@ -216,13 +218,13 @@ def main():
         checkpoint = checkpoints.last_complete_checkpoint(checkpoint_dir)
     elif rank == 0:
         run_files.clear(checkpoint_dir, script, results, output)
-        run_files.write_run(checkpoint_dir, run)
     if rank == 0:
+        run_files.write_run(checkpoint_dir, run)
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"
         print(f"LoRA on {BASE_MODEL}: {size} train for {EPOCHS} epochs on {len(train):,} frames")
     model = GitText2ActionWithPrompt(git, processor)
-    report = EpochReport(model, validation, results)
+    report = EpochReport(model, validation, results, lambda: run_files.write_run(checkpoint_dir, run))
     trainer = make_trainer(git, processor, train, report)
     if rank == 0 and not checkpoint:
         report.report(0, float("nan"))

@@ -34,7 +34,7 @@ class Timed(GitText2ActionWithPrompt):
 
     def encode(self, frames, instructions=""):
         began = time.perf_counter()
-        result = super().encode(frames)
+        result = super().encode(frames, instructions)
         self.seconds += time.perf_counter() - began
         return result
 

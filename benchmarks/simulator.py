@@ -37,7 +37,7 @@ def record_drive(track, frames):
     actions, done = [], False
     while len(actions) < frames and not done:
         if len(actions) % FRAME_SKIP == 0:
-            choice = int(teacher(torch.from_numpy(info["state"])[None]).argmax())
+            choice = int(teacher.act(info["state"][None])[0])
         _, _, terminated, truncated, info = env.step(choice)
         actions.append(info["action"])
         done = terminated or truncated

@@ -66,7 +66,6 @@ HEADS = 4
 EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
-WORDINGS = 3  # of each question
 # instructions per step of the last epoch, after which it is asked what is wanted, and others, after which it is asked whether
 # it is so: the one run with them from the start, with all the weight, did not learn to read the speed (LOG.md)
 WISHES = 128
@@ -187,7 +186,12 @@ class Texts:
         self.prompts = [
             [model_file.prompt_ids(tokenizer, "", wording) for wording in questions.QUESTIONS[key]] for key in self.keys
         ]
+        self.counts = torch.tensor([*map(len, self.prompts)])
         self.answers = np.array([[numbers[row[key]] for key in self.keys] for row in answers])
+
+    def draw_wordings(self, asked):
+        """A random wording, by its index, for each of the questions `asked`, int64 (B, Q)."""
+        return (torch.rand(asked.shape) * self.counts[asked]).long()
 
     def __call__(self, frames, asked, wordings):
         """Token ids and labels int64 (B, Q, T) of `asked` (B, Q), indices of questions, in `wordings` (B, Q), for `frames` (B,).
@@ -245,7 +249,7 @@ def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     first FITS are asked whether it is so, the others what is wanted.
     """
     asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
-    tokens, labels = texts(rows, asked, torch.randint(WORDINGS, asked.shape))
+    tokens, labels = texts(rows, asked, texts.draw_wordings(asked))
     loss = git_forward.text_loss(answer(model, frames[rows], tokens), labels)
     if told:
         moves = motion[rows[: FITS // QUESTIONS_PER_FRAME]].repeat(QUESTIONS_PER_FRAME, 0)
@@ -268,7 +272,7 @@ def evaluate(model, frames, texts, motion):
     right, losses = [], []
     for rows in torch.arange(len(frames)).split(BATCH_SIZE):
         asked = torch.arange(len(texts.keys)).expand(len(rows), -1)
-        tokens, labels = texts(rows, asked, torch.randint(WORDINGS, asked.shape))
+        tokens, labels = texts(rows, asked, texts.draw_wordings(asked))
         logits = answer(model, frames[rows], tokens)
         losses.append(git_forward.text_loss(logits, labels).item())
         right.append(git_forward.exactly_right(logits, labels))
@@ -314,7 +318,7 @@ def main():
         globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
     )
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 40 to 80 minutes on two CPU cores (estimated) with the default constants; replaces "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 30 to 60 minutes on two CPU cores with the default constants; replaces "
         f"{OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)

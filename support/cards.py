@@ -144,7 +144,7 @@ configs:
 
 {train:,} training and {validation:,} validation frames of Gymnasium's CarRacing (uint8 RGB, 96 x 96),
 each with the answer to "{prompt}". Driver: `{driver}`, answers by: {answer_by}, frame skip {frame_skip},
-random bursts of 1-{burst_longest} decisions (start {burst_start:.0%}). The splits share no track.
+random bursts of 1-{burst_longest} decisions (start {burst_start:.1%}). The splits share no track.
 
 {table}
 
@@ -175,8 +175,8 @@ It answers questions about the scene, which were answered from the simulator's s
 what an instruction wants ("The right lane is closed. What do I want?": "Keep left.") and whether it is so ("Keep left. Is it as
 I want it?": "The car is too far right."); it was never shown an action.
 
-Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy of the answers, per token, {loss:.3f}, on frames of other
-tracks {validation_loss:.3f}. Wholly right answers there:
+Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy, the mean over each answer's tokens: {loss:.3f} in training, where the answers about instructions count, too,
+{validation_loss:.3f} about the scene on frames of other tracks. Wholly right answers there:
 
 | question | right |
 |---|---|

@@ -79,8 +79,8 @@ def one_line_if_lost():
         yield
     except (EOFError, ConnectionError):
         raise BadInput(
-            "a simulator's process ended (killed, or out of memory?): start again, with a lower NUM_ENVS if it recurs; a PPO "
-            "run continues with RESUME = True"
+            "a simulator's process ended (killed, or out of memory?): continue a PPO run with RESUME = True; if it recurs "
+            "start anew with a lower NUM_ENVS"
         ) from None
 
 

@@ -17,16 +17,16 @@ class Resumable(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         snapshot, self.resume_from = self.resume_from, None
-        rng, draw = self.get_wrapper_attr("rng"), self.get_wrapper_attr("draw")
+        rng, draws = self.get_wrapper_attr("track_rng"), self.get_wrapper_attr("draws")
         if snapshot:
             rng.bit_generator.state = snapshot["rng"]
         self.rng_before, self.actions = rng.bit_generator.state, []
-        self.set_wrapper_attr("draw", draw and not snapshot)
+        self.set_wrapper_attr("draws", draws and not snapshot)
         obs, info = self.env.reset(seed=seed, options=options)
         for action in snapshot["actions"] if snapshot else ():
             info |= self.step(action)[4]
-        self.set_wrapper_attr("draw", draw)
-        return self.unwrapped.draw() if draw and snapshot else obs, info
+        self.set_wrapper_attr("draws", draws)
+        return self.unwrapped.draw() if draws and snapshot else obs, info
 
     def step(self, action):
         self.actions.append(int(action))

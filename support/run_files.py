@@ -22,7 +22,6 @@ from tqdm import tqdm
 from support.checks import BadInput, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGAN = "%Y-%m-%d %H:%M:%S"
 PACKAGES = ("torch", "transformers", "peft", "gymnasium", "numpy", "numba", "pygame-ce")
 
 
@@ -180,6 +179,7 @@ class RunLogs:
     def update(self, row):
         """A finished update."""
         self.updates.write(row)
+        write_run(self.folder, self.run)
         self._scalars({f"losses/{name}": x for name, x in row.items() if name not in ("update", "env_frames")}, row)
 
     def evaluation(self, row):
@@ -267,7 +267,7 @@ def describe_run(*namespaces, **facts):
     """
     script = Path(namespaces[0]["__file__"]).name
     run = {"script": script, "constants": constants_of(*namespaces), "inputs": facts, **run_facts()}
-    return run | {"began": time.strftime(BEGAN), "seconds": 0.0}
+    return run | {"began": time.time(), "seconds": 0.0}
 
 
 def continue_run(folder, run, may_change):
@@ -293,5 +293,6 @@ def continue_run(folder, run, may_change):
 
 def write_run(folder, run):
     """Write `run.json` with the seconds until now, those of the runs that it continues included."""
-    seconds = time.time() - time.mktime(time.strptime(run["began"], BEGAN))
-    write_json(Path(folder) / "run.json", run | {"seconds": round(run["seconds"] + seconds)})
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["began"]))
+    seconds = run["seconds"] + time.time() - run["began"]
+    write_json(Path(folder) / "run.json", run | {"began": began, "seconds": round(seconds)})

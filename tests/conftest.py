@@ -32,7 +32,7 @@ def toy_constants(root):
             CHECKPOINT_DIR=f"{root}/checkpoints", MIN_FRAMES=1, EPOCHS=2, BATCH_SIZE=16, LORA_RANK=4,
         ),
         PPO: dict(
-            MODEL=adapter, RESULTS_DIR=results, NUM_ENVS=2, INSTRUCTED_ENVS=1, TORCH_THREADS=1, NUM_STEPS=60,
+            MODEL=adapter, RESULTS_DIR=results, NUM_ENVS=2,  TORCH_THREADS=1, NUM_STEPS=60,
             MINIBATCH_SIZE=60, TOTAL_UPDATES=3, WARMUP_UPDATES=1, EVALUATIONS=1, EVAL_TRACKS=range(100_000, 100_001),
         ),
         "evaluate": dict(DRIVER="policy", POLICY=f"{results}/policy", RESULTS_DIR=results, NUM_TRACKS=2, NUM_ENVS=2),

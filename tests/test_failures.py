@@ -18,10 +18,12 @@ from conftest import COLLECT, PPO, STAGE2, TOY_SHAPE, edit, toy_script
 from test_instructions import scene_of
 from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run, same
 
+from offline import train_teacher
 from questions import describe
 from support import run_files
 from support.checks import BadInput, read_json
 from support.run_files import ROOT
+from teacher import load_teacher
 
 KILLED = -signal.SIGKILL
 
@@ -178,3 +180,16 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
     make("alone").main()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "hurt")]
     assert weights[0] == weights[1]
+
+
+def test_the_teacher_learns_and_goes_on(monkeypatch, tmp_path):
+    toy = dict(
+        OUTPUT_DIR=str(tmp_path), NUM_WORKERS=1, ENVS_PER_WORKER=2, NUM_STEPS=32, MINIBATCH_SIZE=32, EVAL_EVERY=1
+    )
+    toy |= dict(PLAIN_UPDATES=1, EVAL_TRACKS=range(100_000, 100_001))
+    for updates, resume in ((2, False), (3, True)):
+        for name, x in (toy | {"TOTAL_UPDATES": updates, "RESUME": resume}).items():
+            monkeypatch.setattr(train_teacher, name, x)
+        train_teacher.main()
+    assert [row["update"] for row in rows(tmp_path / "teacher_log.csv")] == ["1", "2", "3"]
+    assert load_teacher(tmp_path / "teacher.safetensors")

@@ -64,7 +64,7 @@ def test_targets_measure_speed_and_side():
 
 
 @pytest.mark.parametrize(
-    "target, speed, offset, on_road, travelled, obeyed",
+    "target, speed, offset, on_road, speed_along, obeyed",
     [
         (Target(20.0, SIDE), [20] * 8 + [40] * 2, 3, 1, 20, True),
         (Target(20.0, SIDE), [20] * 7 + [40] * 3, 3, 1, 20, False),
@@ -77,9 +77,9 @@ def test_targets_measure_speed_and_side():
         (RACE, [60] * 10, 0, 1, 30, False),
     ],
 )
-def test_obeyed(target, speed, offset, on_road, travelled, obeyed):
+def test_obeyed(target, speed, offset, on_road, speed_along, obeyed):
     drive = np.array(speed, float), np.full(10, float(offset)), np.full(10, bool(on_road))
-    assert target.obeyed(*drive, travelled) == obeyed
+    assert target.obeyed(*drive, speed_along) == obeyed
 
 
 def scene_of(seed=None, heading=0, **known):

@@ -110,9 +110,8 @@ def test_return_normalizer_equals_gymnasium():
 
 @pytest.mark.parametrize("lora", [False, True])
 @torch.no_grad()
-def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora, monkeypatch):
+def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
     """Against single environments that take the same actions, one frame at a time; a LoRA needs the frames again."""
-    monkeypatch.setattr(ppo, "INSTRUCTED_ENVS", 1)
     if lora:
         toy_model.add_lora(2, 4)
     randomize(toy_model, "_head.", "lora_B")
