@@ -1,4 +1,4 @@
-"""FastCarRacing against Gymnasium's class, the answers' effects and the training wrappers."""
+"""FastCarRacing against Gymnasium's class, and the training wrappers."""
 
 import dataclasses
 import gc
@@ -6,14 +6,13 @@ import gc
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 import car_racing_env
 from car_racing_env import REWARDS, TRAIN_TRACKS, TrainingRewards, episode_end, make_env, make_training_env
 from evaluate import Teacher
 from fast.car_racing import FastCarRacing
-from GitText2ActionWithPrompt import ANSWERS, to_simulator
+from GitText2ActionWithPrompt import ANSWERS
 from instructions import RACE, SIDE, Target, Told
 from perturbations import Throws
 from road import move_car
@@ -59,18 +58,6 @@ def test_identical_when_randomised_and_for_the_viewer():
     for action in [ACCELERATE] * 40 + [ANSWERS["Turn left"]] * 20:
         assert np.array_equal(fast.step(action)[0], stock.step(action)[0])
     assert np.array_equal(fast.render(), stock.render())
-
-
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_answers_steer_the_right_way(answer):
-    env = make_env(2, draw=False)
-    env.reset(seed=0)
-    (action,) = to_simulator(torch.tensor([list(ANSWERS).index(answer)]))
-    for _ in range(20):
-        env.step(action)
-    car, sign = env.unwrapped.car, {"Turn left": 1, "Turn right": -1}.get(answer, 0)
-    assert np.sign(np.round(car.wheels[0].joint.angle, 3)) == sign
-    assert (car.hull.linearVelocity.length > 5) == (answer == "Accelerate")
 
 
 def after_gas(env, decisions=25):
@@ -128,23 +115,20 @@ def test_a_tile_left_behind_costs():
 
 
 def test_moving_the_car_is_a_rigid_motion():
-    """Hull and wheels keep places and velocities as the hull sees them; the next step hardly notices."""
-    env = after_gas(make_env(2, draw=False))
-    car = env.unwrapped.car
+    """Hull and wheels keep places and velocities as the hull sees them."""
+    car = after_gas(make_env(2, draw=False)).unwrapped.car
+    hull, bodies = car.hull, (car.hull, *car.wheels)
 
     def shape():
-        hull, bodies = car.hull, (car.hull, *car.wheels)
         places = [[*hull.GetLocalPoint(body.position), body.angle - hull.angle] for body in bodies]
         return np.hstack([places, [hull.GetLocalVector(body.linearVelocity) for body in bodies]])
 
-    before, speed, place = shape(), car.hull.linearVelocity.length, np.array(car.hull.position)
+    before, place = shape(), np.array(hull.position)
     move_car(car, 2.5, (3.0, -1.0))
     np.testing.assert_allclose(shape(), before, atol=1e-4)
-    np.testing.assert_allclose(np.array(car.hull.position), place + (3.0, -1.0), atol=1e-4)
-    env.step(0)
-    assert speed > 20 and abs(car.hull.linearVelocity.length - speed) < 1
+    np.testing.assert_allclose(np.array(hull.position), place + (3.0, -1.0), atol=1e-4)
     move_car(car, 0.0, velocity=np.array([0.0, 10.0]))
-    assert all(body.linearVelocity.y == 10 and body.angularVelocity == 0 for body in (car.hull, *car.wheels))
+    assert all(body.linearVelocity.y == 10 and body.angularVelocity == 0 for body in bodies)
 
 
 def test_the_road_is_followed():
@@ -213,14 +197,12 @@ def test_an_instruction_pays_in_place_of_the_tiles():
 
 
 def test_a_closed_simulator_leaves_nothing_behind():
-    def objects_after_a_visit():
+    objects = []
+    for _ in range(3):
         env = make_env(draw=False)
         env.reset(seed=1)
-        env.step(ACCELERATE)
         env.close()
         del env
         gc.collect()
-        return len(gc.get_objects())
-
-    before = [objects_after_a_visit() for _ in range(2)][1]
-    assert objects_after_a_visit() < before + 50  # a track has some 300 tiles
+        objects.append(len(gc.get_objects()))
+    assert objects[2] < objects[1] + 50  # a track has some 300 tiles
