@@ -46,9 +46,8 @@ def test_results_do_not_depend_on_the_number_of_environments():
         expected.append({"track_seed": track, "return": pytest.approx(car.total), "end": car.end})
     decisions = len(asked)
     for num_envs in (1, 2):
-        asked.clear()
         assert evaluate.evaluate(driver, tracks, num_envs, progress=False) == expected
-        assert sum(asked) == decisions  # asked only where a car still drives
+    assert sum(asked) == 3 * decisions  # asked only where a car still drives
 
 
 def test_summary_of_known_returns():
@@ -91,21 +90,18 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
         (16, 1, Target(speed=20.0), {GAS}),
         (70, 1, Target(side=SIDE), {BRAKE}),
         (47, 1, Target(side=SIDE), {0, 1, 2, BRAKE}),
-        (3, 1, Target(side=SIDE), {GAS}),
         (0, 1, RACE, {GAS}),
         (85, 1, RACE, {BRAKE}),
         (20, -0.95, RACE, {0, 1, 2, GAS}),
     ],
 )
 def test_what_the_teacher_may_do_whatever_its_net_says(forward, facing, target, may):
-    """Of 50 nets with logits of a size that a trained one has."""
+    """In 500 states, with logits of a size that a trained net has."""
     torch.manual_seed(0)
-    states, done = np.random.default_rng(0).uniform(-1, 1, (50, STATE_SIZE)).astype(np.float32), set()
+    states, teacher = np.random.default_rng(0).uniform(-1, 1, (500, STATE_SIZE)).astype(np.float32), Teacher()
     states[:, 0], states[:, 1], states[:, 14] = forward / 50, 0, facing
-    for state in states:
-        teacher = Teacher()
-        teacher.net[-1].weight.data *= 5
-        done.add(int(teacher.act(state[None], target)[0]))
+    teacher.net[-1].weight.data *= 10
+    done = set(teacher.act(states, target))
     assert done <= may and (len(done) > 1) == (len(may) > 1)
 
 
@@ -125,7 +121,6 @@ def test_a_drive_is_told_and_turned():
     assert (speed[39] > 20).all() and (speed[-1] < 2).all()
     assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
     assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
-    assert 10 < drives.travelled(along)[39, 0] < 40
     assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == (speed[115:] < 2).all(0).tolist()
 
 
