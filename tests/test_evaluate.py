@@ -22,13 +22,9 @@ from teacher import STATE_SIZE, Teacher
 
 GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
-GOLDEN_RETURN = 538.57
-GOLDEN_ACTIONS = [3, 3, 3, 3, 3, 3, 1, 3]
 GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy", "seventy", "fifty-five", "seventy"]
 TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "", "The left lane is closed."]
 GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Accelerate", "Accelerate", "Brake"]
-GOLDEN_PROBABILITIES = [0.0, 0.9906, 0.0092, 0.0001, 0.0]  # of the third frame
-GOLDEN_POLICY_RETURN = 127.06  # of the first 100 decisions on validation track 100,000
 
 
 def test_results_do_not_depend_on_the_number_of_environments():
@@ -155,12 +151,13 @@ def stretch():
 
 def test_teacher_base_and_adapter_answer_as_they_did(stretch):
     """The untaught base answers the question that it is asked; the adapter, under instructions, what to do."""
-    assert stretch[1] == GOLDEN_ACTIONS and stretch[2] == pytest.approx(GOLDEN_RETURN, abs=0.01)
+    assert stretch[1] == [GAS] * 6 + [1, GAS] and stretch[2] == pytest.approx(538.57, abs=0.01)
     base, adapter = map(GitText2ActionWithPrompt.from_pretrained, (BASE, ADAPTER))
     said = [f"the car drives at speed {speed}." for speed in GOLDEN_SPEEDS]
     assert base.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
     assert adapter.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
-    assert adapter.encode(stretch[0])[1][2].exp().tolist() == pytest.approx(GOLDEN_PROBABILITIES, abs=1e-3)
+    probabilities = adapter.encode(stretch[0])[1][2].exp().tolist()
+    assert probabilities == pytest.approx([0.0, 0.9906, 0.0092, 0.0001, 0.0], abs=1e-3)
 
 
 def test_policy_drives_as_it_did():
@@ -169,7 +166,7 @@ def test_policy_drives_as_it_did():
     car = film.Drive(driver, 100_000)
     for _ in range(100):
         car.step(driver(car.obs[None], {})[0])
-    assert car.total == pytest.approx(GOLDEN_POLICY_RETURN, abs=4)
+    assert car.total == pytest.approx(127.06, abs=4)
 
 
 @torch.no_grad()

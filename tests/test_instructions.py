@@ -12,8 +12,6 @@ from instructions import INSTRUCTIONS, RACE, SIDE, Target
 from support.run_files import ROOT
 from teacher import STATE_SIZE
 
-SLOW_LEFT = instructions.target("slow left")
-
 
 def words(sentences):
     return {word for sentence in sentences for word in re.findall(r"[a-z]+", sentence.lower())}
@@ -51,11 +49,14 @@ def test_training_draws_taught_sentences_only():
 
 def test_targets_measure_speed_and_side():
     """And what the words for them are."""
-    assert SLOW_LEFT == Target(20.0, -SIDE) and instructions.wish("slow left") == "Drive slowly. Keep left."
-    assert instructions.fit(SLOW_LEFT, 22, -4.1) == "Yes." == instructions.fit(RACE, 90, 9)
-    assert instructions.fit(SLOW_LEFT, 17, -1) == "The car is too far right. The car is too slow."
-    assert SLOW_LEFT.at_speed(np.array([14, 15, 25, 26])).tolist() == [False, True, True, False]
-    assert SLOW_LEFT.on_side(np.array([-0.1, 0.1])).tolist() == [True, False]
+    slow_left = Target(20.0, -SIDE)
+    assert (
+        instructions.target("slow left") == slow_left and instructions.wish("slow left") == "Drive slowly. Keep left."
+    )
+    assert instructions.fit(slow_left, 22, -4.1) == "Yes." == instructions.fit(RACE, 90, 9)
+    assert instructions.fit(slow_left, 17, -1) == "The car is too far right. The car is too slow."
+    assert slow_left.at_speed(np.array([14, 15, 25, 26])).tolist() == [False, True, True, False]
+    assert slow_left.on_side(np.array([-0.1, 0.1])).tolist() == [True, False]
     assert Target(side=0.0).on_side(np.array([-2.0, 2.5])).tolist() == [True, False]
     assert Target(speed=0.0).at_speed(np.array([1.9, 2.1])).tolist() == [True, False]
     assert RACE.at_speed(np.array([3.0])).all() and RACE.on_side(np.array([9.0])).all()
