@@ -1,6 +1,7 @@
 """Bad input: BadInput names it and nothing on disk changes; hostile files run nothing."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,10 @@ def replace(old, new):
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-def spoil_a_tensor(change):
-    def spoil(path):
-        weights = load_file(path)
-        change(weights, min(weights))
-        save_file(weights, path)
-
-    return spoil
+def spoil_a_tensor(change, path):
+    weights = load_file(path)
+    change(weights, min(weights))
+    save_file(weights, path)
 
 
 def fill(content):
@@ -45,8 +43,9 @@ def bomb_as(name):
     return lambda path: bomb(path.rename(path.with_name(name)))
 
 
-damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), spoil_a_tensor(dict.pop)
-HURT = (remove, damage, bomb, lose_a_tensor, spoil_a_tensor(lambda weights, name: weights[name].fill_(torch.nan)))
+damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), partial(spoil_a_tensor, dict.pop)
+make_nan = partial(spoil_a_tensor, lambda weights, name: weights[name].fill_(torch.nan))
+HURT = (remove, damage, bomb, lose_a_tensor, make_nan)
 TASK = {"prompt": ("What", "Why"), "answers": ("Coast", "Fly"), "frame_skip": ('"frame_skip": 2', '"frame_skip": 4')}
 ANOTHER_BASE = replace('base_fingerprint": "', 'base_fingerprint": "0')
 HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'

@@ -88,8 +88,12 @@ def test_an_early_stop_on_grass_costs_its_share_of_the_lap_so_far():
         paid, summary = drive_on(env, ACCELERATE)
         assert max(paid) == 2.0 and (summary["end"], summary["length"]) == ("grass", 2 * len(paid))
         last[ramp] = paid[-1]
-    share = env.unwrapped.tile_visited_count / (0.25 * len(env.unwrapped.track))
-    assert 0 < share < 1 and summary["track_seed"] < TRAIN_TRACKS
+    tiles, track = env.unwrapped.tile_visited_count, env.unwrapped.track
+    assert summary["return"] == pytest.approx(1000 * tiles / len(track) - 0.1 * summary["length"])  # the task's own
+    env.unwrapped.reset(seed=summary["track_seed"])
+    assert env.unwrapped.track == track and summary["track_seed"] < TRAIN_TRACKS
+    share = tiles / (0.25 * len(track))
+    assert 0 < share < 1
     assert last[1e9] - last[0.0] == pytest.approx(FLAT.grass_penalty)
     assert last[1e9] - last[0.25] == pytest.approx(share * FLAT.grass_penalty)
 

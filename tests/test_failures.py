@@ -50,7 +50,8 @@ def test_stage_1_fails(fault, tmp_path):
     assert ("error: " in said) == (fault in ("worker", "disk")), said
 
 
-def test_a_second_run_in_the_same_folder(toy_base, tmp_path, script):
+def test_a_second_run_in_the_same_folder_where_git_is_missing(toy_base, tmp_path, script, monkeypatch):
+    monkeypatch.setenv("PATH", "")
     results = tmp_path / "results"
     with run_files.lock(results), pytest.raises(BadInput, match=str(results)):
         toy_script(PPO, tmp_path, MODEL=str(toy_base)).main()
@@ -61,11 +62,6 @@ def test_output_that_nobody_reads():
     command = f'"{sys.executable}" -c "{code}" | head -c 1'
     reader = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (reader.stdout, reader.stderr) == ("x", "")
-
-
-def test_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert run_files.run_facts()["git_commit"] == "unknown"
 
 
 def reinforce(root, base, resume=False, fault="", updates=8):
@@ -84,15 +80,13 @@ def reinforce(root, base, resume=False, fault="", updates=8):
     ppo.main()
 
 
-FAULTS = {"rollout": KILLED, "log": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
-
-
 def test_ppo_resumes_exactly(toy_base, tmp_path, script):
     """Starts that end badly and a last one, against one start; then it is made longer."""
     alone, hurt = tmp_path / "alone" / "results", tmp_path / "hurt" / "results"
     run(reinforce, alone.parent, toy_base)
-    for done, (fault, code) in enumerate(FAULTS.items(), 1):
-        run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=fault in ("worker", "disk"))
+    for done, fault in enumerate(("rollout", "log", "worker", "ctrl-c", "disk"), 1):
+        code, error = KILLED if fault in ("rollout", "log") else 1, fault in ("worker", "disk")
+        run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=error)
         assert run_files.load_state(hurt / "state.pt")["update"] == done, fault
     (hurt / "video_episode_200.partial.mp4").write_text("half")  # as if killed while it was filmed
     run(reinforce, hurt.parent, toy_base, True)
