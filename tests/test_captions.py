@@ -15,6 +15,7 @@ from instructions import INSTRUCTIONS, RACE, WISH_QUESTION, WORDINGS, is_held_ou
 from questions import QUESTIONS, describe
 from teacher import load_teacher, make_evaluation_env
 
+WISHES = {"Keep left.": "Keep left.", "Speed thirty.": "Drive at speed thirty."}
 QUIET = Settings(keep=0.05, burst_start=0.0, thrown=0.0, told_share=0.0, dreamed=4, asked=2)
 
 
@@ -88,8 +89,7 @@ def test_only_the_answer_is_supervised(toy_model, data):
     assert batch["input_ids"].shape[:2] == (10, 6) and batch["pixel_values"].max() > 1
     for (_, row), texts, labels in zip(data, batch["input_ids"], batch["labels"]):
         expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
-        expected.append(("Keep left. What do I want?", "Keep left."))
-        expected.append(("Speed thirty. What do I want?", "Drive at speed thirty."))
+        expected += [(f"{said} What do I want?", wish) for said, wish in WISHES.items()]
         expected.append((row["asked"][0]["question"], row["asked"][0]["text"]))
         for ids, label, (prompt, answer) in zip(texts, labels, expected):
             supervised = label != -100
@@ -101,8 +101,7 @@ def test_training_texts_vary_in_wording_and_keep_their_answers(data):
     torch.manual_seed(0)
     row = data[0][1]
     texts = [text for _ in range(300) for text in captions.draw_texts(row, reworded=0.5, wishes=0.5)]
-    wishes = {("Keep left.", "Keep left."), ("Speed thirty.", "Drive at speed thirty.")}
-    assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == wishes
+    assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == {*WISHES.items()}
     told = {(told, answer) for told, question, answer in texts if told and question != WISH_QUESTION}
     assert told == {(x["sentence"], x["text"]) for x in row["told"]}
     plain = [question for told, question, _ in texts if not told and question != row["asked"][0]["question"]]

@@ -179,15 +179,14 @@ def test_what_a_throw_costs_is_not_charged(thrown, grace, length):
     assert summary["length"] == length and (paid[0] > -10) == (length > 50)
 
 
-def told_env(target, **rewards):
-    """A training environment under one target, after some gas, and the `Road` that it keeps."""
-    told, rewards = Told("slow", "taught", "Drive slowly.", target), dataclasses.replace(FLAT, **rewards)
-    env = make_training_env(3, rewards, 2, draw=False, draw_instruction=lambda rng: told, change=0.1)
-    return after_gas(env), env.get_wrapper_attr("road")
-
-
 def test_an_instruction_pays_in_place_of_the_tiles():
     """A speed that is kept, whatever the tiles say; a side costs beside them; progress counts along the road."""
+
+    def told_env(target, **rewards):
+        told, rewards = Told("slow", "taught", "Drive slowly.", target), dataclasses.replace(FLAT, **rewards)
+        env = make_training_env(3, rewards, 2, draw=False, draw_instruction=lambda rng: told, change=0.1)
+        return after_gas(env), env.get_wrapper_attr("road")
+
     env, road = told_env(Target(30.0, SIDE), speed_kept=3.0, side_left=0.5, progress=0.25)
     before = road.travelled
     _, reward, _, _, info = env.step(ACCELERATE)

@@ -45,12 +45,6 @@ def test_results_do_not_depend_on_the_number_of_environments():
     assert sum(asked) == 3 * decisions  # asked only where a car still drives
 
 
-def test_summary_of_known_returns():
-    results = [{"return": r, "end": e} for r, e in ((900, "lap"), (400, "time"), (920, "lap"), (-120, "field"))]
-    expected = {"mean": 525.0, "std": 426.7, "median": 650.0, "min": -120.0, "max": 920.0}
-    assert evaluate.summarize(results) == expected | {"laps_finished_percent": 50.0, "below_500_percent": 50.0}
-
-
 def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch):
     """The driver sees at each decision what the window shows, the picture before; then it closes the window."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")

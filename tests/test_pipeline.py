@@ -59,4 +59,6 @@ def test_the_saved_policy_scores_the_same(pipeline):
     again = pipeline.evaluate.evaluate(driver, [100_000, 100_001], 1, progress=False)
     assert [round(r["return"], 2) for r in again] == facts["returns"] and facts["seeds"] == [100_000, 100_001]
     assert facts["weights_hash"] == file_hash(policy / "policy.safetensors")
-    assert facts["mean"] == pytest.approx(np.mean(facts["returns"]), abs=0.01)
+    summary = [function(facts["returns"]) for function in (np.mean, np.std, np.median, min, max)]
+    assert [facts[name] for name in ("mean", "std", "median", "min", "max")] == pytest.approx(summary, abs=0.01)
+    assert (facts["laps_finished_percent"], facts["below_500_percent"]) == (0, 100)  # in 60 frames
