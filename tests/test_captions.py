@@ -58,7 +58,7 @@ def test_a_policy_drives_and_the_teacher_answers(toy_model, tmp_path):
 
 
 def test_an_episode_under_an_instruction_repeats():
-    """Every frame has what is said all the way, in phrasings of its own, before what is only dreamed; splits in turn."""
+    """Every frame has what is said all the way, in phrasings of its own, before what is dreamed; splits in turn."""
     told_one_thing = Settings(keep=0.1, told_share=1.0, change=0.0)
     (frames, rows), again = (collect_episode(11, told_one_thing, "both") for _ in range(2))
     assert np.array_equal(again[0], frames) and again[1] == rows
