@@ -1,8 +1,7 @@
 """Bad input: BadInput names it and nothing on disk changes; hostile files run nothing."""
 
-import json
-import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from conftest import COLLECT, PPO, STAGE2, toy_script
 from safetensors.torch import load_file, save_file
 from toy_process import files
 
+from GitText2ActionWithPrompt import answer_ids
 from support.checks import BadInput
 
 EVALUATE = "evaluate"
@@ -24,21 +24,14 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def edit(**changes):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def replace(old, new):
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-def spoil_a_tensor(change):
-    def spoil(path):
-        weights = load_file(path)
-        change(weights, min(weights))
-        save_file(weights, path)
-
-    return spoil
+def spoil_a_tensor(change, path):
+    weights = load_file(path)
+    change(weights, min(weights))
+    save_file(weights, path)
 
 
 def fill(content):
@@ -50,9 +43,11 @@ def bomb_as(name):
     return lambda path: bomb(path.rename(path.with_name(name)))
 
 
-damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), spoil_a_tensor(dict.pop)
-HURT = (remove, damage, bomb, lose_a_tensor, spoil_a_tensor(lambda weights, name: weights[name].fill_(torch.nan)))
-TASK = {"prompt": "Why?", "answers": ["Fly"], "frame_skip": 4}
+damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), partial(spoil_a_tensor, dict.pop)
+make_nan = partial(spoil_a_tensor, lambda weights, name: weights[name].fill_(torch.nan))
+HURT = (remove, damage, bomb, lose_a_tensor, make_nan)
+TASK = {"prompt": ("What", "Why"), "answers": ("Coast", "Fly"), "frame_skip": ('"frame_skip": 2', '"frame_skip": 4')}
+ANOTHER_BASE = replace('base_fingerprint": "', 'base_fingerprint": "0')
 HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'
 CONSTANTS = [  # script, what its user sets, what the message names
     *((script, {name: "no/such"}, "no/such") for script, name in ((COLLECT, "POLICY"), (STAGE2, "ADAPTER"))),
@@ -76,21 +71,20 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "instructions.py"),
     *((STAGE2, {}, BASE, spoil, "git-toy") for spoil in (lose_a_tensor, bomb, bomb_as("pytorch_model.bin"))),
     (STAGE2, {}, "git-toy/processor_config.json", replace('"height": 96', '"height": 48'), "git-toy"),
-    (STAGE2, {}, "git-toy/config.json", edit(model_type="bert"), "git-toy"),
-    (STAGE2, {"ADAPTER": "ROOT/adapter"}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
+    (STAGE2, {}, "git-toy/config.json", replace('"git"', '"bert"'), "git-toy"),
+    (STAGE2, {"ADAPTER": "ROOT/adapter"}, ADAPTER_TASK, ANOTHER_BASE, "base_fingerprint"),
     (STAGE2, {"RESUME": True}, "checkpoints", remove, "run.json"),
     (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/optimizer.pt", bomb, "checkpoint-12"),
-    (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/scheduler.pt", bomb, "checkpoint-12"),
-    (PPO, {}, ADAPTER_TASK, edit(base_fingerprint="0"), "base_fingerprint"),
+    (PPO, {}, ADAPTER_TASK, ANOTHER_BASE, "base_fingerprint"),
     *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (*HURT, bomb_as("adapter_model.bin"))),
     (PPO, {"RESUME": True}, "results/run.json", replace('"lap_bonus": 100.0', '"lap_bonus": 1.0'), "REWARDS"),
     *((PPO, {"RESUME": True}, "results/state.pt", spoil, "state.pt") for spoil in (remove, damage, bomb)),
     (EVALUATE, {}, "results/policy", remove, "results/policy"),
-    (EVALUATE, {}, POLICY_FACTS, edit(adapter_hash="0"), "adapter_hash"),
+    (EVALUATE, {}, POLICY_FACTS, replace('adapter_hash": "', 'adapter_hash": "0'), "adapter_hash"),
     *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in HURT),
 ]
 for stage, path in ((STAGE2, DATA_TASK), (PPO, ADAPTER_TASK), (EVALUATE, POLICY_FACTS)):
-    FILES += [(stage, {}, path, edit(**{name: x}), name) for name, x in TASK.items()]
+    FILES += [(stage, {}, path, replace(*words), name) for name, words in TASK.items()]
 NOTHING = "", Path.exists  # is spoiled
 CASES = [*((script, changes, *NOTHING, named) for script, changes, named in CONSTANTS), *FILES]
 
@@ -108,13 +102,6 @@ def test_bad_input_is_named_and_changes_nothing(name, changes, file, spoil, name
     assert "\n" not in str(caught.value) and files(root) | history == before | history
 
 
-def test_the_bomb_works():
-    with pytest.raises(SystemExit):
-        pickle.loads(BOMB)
-
-
-def test_answers_that_one_pass_cannot_score(toy_base, script):
-    answers = {"Go": 3, "Turn": 2, "Turn left": 0, "Left": 1, "Brake": 4}
-    model_file = script("GitText2ActionWithPrompt", ANSWERS=answers)
+def test_answers_that_one_pass_cannot_score(toy_model):
     with pytest.raises(BadInput, match="ANSWERS"):
-        model_file.GitText2ActionWithPrompt.from_pretrained(toy_base)
+        answer_ids(toy_model.processor.tokenizer, ("Go", "Turn", "Turn left", "Left", "Brake"))

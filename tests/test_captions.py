@@ -15,6 +15,7 @@ from instructions import INSTRUCTIONS, RACE, WISH_QUESTION, WORDINGS, is_held_ou
 from questions import QUESTIONS, describe
 from teacher import load_teacher, make_evaluation_env
 
+WISHES = {"Keep left.": "Keep left.", "Speed thirty.": "Drive at speed thirty."}
 QUIET = Settings(keep=0.05, burst_start=0.0, thrown=0.0, told_share=0.0, dreamed=4, asked=2)
 
 
@@ -56,31 +57,27 @@ def test_a_policy_drives_and_the_teacher_answers(toy_model, tmp_path):
     assert collect_episode(7, driven._replace(policy=str(tmp_path / "brake"))) == ([], [])  # stuck
 
 
-def test_an_episode_under_instructions_repeats():
-    """With everything that is random in it; taught and other phrasings in turn where they are measured."""
-    (frames, rows), again = (collect_episode(11, Settings(keep=0.1, told_share=0.5), "both") for _ in range(2))
-    assert np.array_equal(again[0], frames) and again[1] == rows and len(rows) > 10
+def test_an_episode_under_an_instruction_repeats():
+    """Every frame has what is said all the way, in phrasings of its own, before what is dreamed; splits in turn."""
+    told_one_thing = Settings(keep=0.1, told_share=1.0, change=0.0)
+    (frames, rows), again = (collect_episode(11, told_one_thing, "both") for _ in range(2))
+    assert np.array_equal(again[0], frames) and again[1] == rows
+    first, second = ({row["told"][i]["instruction"] for row in rows} for i in (0, 1))
+    assert len(first) == 1 and len(second) > 5 and len({row["told"][0]["sentence"] for row in rows}) > 5
     for told in (told for row in rows for told in row["told"] if told["instruction"] in INSTRUCTIONS):
         assert is_held_out(told["instruction"], told["sentence"]) == (told["split"] == "held_out")
 
 
-def test_what_the_driver_is_told_is_labelled_first():
-    """One instruction all the way: every frame has it, in phrasings of its own, before what is only dreamed."""
-    _, rows = collect_episode(7, QUIET._replace(keep=0.1, told_share=1.0, change=0.0))
-    first, second = ({row["told"][i]["instruction"] for row in rows} for i in (0, 1))
-    assert len(first) == 1 and len(second) > 5 and len({row["told"][0]["sentence"] for row in rows}) > 5
-
-
 @pytest.fixture
 def data():
-    """Ten frames of noise, every answer twice in their order, under two instructions and with a question."""
+    """Ten frames of noise, all answers but the first in turn, under two instructions and with a question."""
     rng, answers, samples = np.random.default_rng(0), list(ANSWERS), []
     asked = {"question": "Is the car on the grass?", "text": "One wheel is on the grass."}
-    for i in range(10):
-        left = {"instruction": "left", "split": "taught", "sentence": "Keep left.", "text": answers[i % 5]}
+    for answer in (1 + i % 4 for i in range(10)):
+        left = {"instruction": "left", "split": "taught", "sentence": "Keep left.", "text": answers[answer]}
         fast = {"instruction": "speed thirty", "split": "held_out", "sentence": "Speed thirty."}
-        row = {"text": answers[i % 5], "answer": i % 5, "asked": [asked]}
-        row["told"] = [left, fast | {"text": answers[(i + 1) % 5]}]
+        row = {"text": answers[answer], "answer": answer, "asked": [asked]}
+        row["told"] = [left, fast | {"text": answers[answer - 1]}]
         samples.append((rng.integers(0, 256, (96, 96, 3), dtype=np.uint8), row))
     return samples
 
@@ -92,25 +89,19 @@ def test_only_the_answer_is_supervised(toy_model, data):
     assert batch["input_ids"].shape[:2] == (10, 6) and batch["pixel_values"].max() > 1
     for (_, row), texts, labels in zip(data, batch["input_ids"], batch["labels"]):
         expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
-        expected.append(("Keep left. What do I want?", "Keep left."))
-        expected.append(("Speed thirty. What do I want?", "Drive at speed thirty."))
+        expected += [(f"{said} What do I want?", wish) for said, wish in WISHES.items()]
         expected.append((row["asked"][0]["question"], row["asked"][0]["text"]))
         for ids, label, (prompt, answer) in zip(texts, labels, expected):
-            supervised, prompt, answer = (
-                label != -100,
-                tokenizer(prompt).input_ids[:-1],
-                tokenizer(answer).input_ids[1:],
-            )
-            assert label[supervised].tolist() == ids[supervised].tolist() == answer
-            assert ids[(ids != tokenizer.pad_token_id) & ~supervised].tolist() == prompt
+            supervised = label != -100
+            assert label[supervised].tolist() == ids[supervised].tolist() == tokenizer(answer).input_ids[1:]
+            assert ids[(ids != tokenizer.pad_token_id) & ~supervised].tolist() == tokenizer(prompt).input_ids[:-1]
 
 
 def test_training_texts_vary_in_wording_and_keep_their_answers(data):
     torch.manual_seed(0)
     row = data[0][1]
     texts = [text for _ in range(300) for text in captions.draw_texts(row, reworded=0.5, wishes=0.5)]
-    wishes = {("Keep left.", "Keep left."), ("Speed thirty.", "Drive at speed thirty.")}
-    assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == wishes
+    assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == {*WISHES.items()}
     told = {(told, answer) for told, question, answer in texts if told and question != WISH_QUESTION}
     assert told == {(x["sentence"], x["text"]) for x in row["told"]}
     plain = [question for told, question, _ in texts if not told and question != row["asked"][0]["question"]]
@@ -120,7 +111,8 @@ def test_training_texts_vary_in_wording_and_keep_their_answers(data):
 
 def test_validation_counts_what_the_model_says(toy_base, data):
     """And it reads the weights as they are now: losses by Hugging Face's forward; exact is the end, said at once."""
-    said = iter(["Coast", "Brake", "Turn left", "Turn left", "nonsense", *ANSWERS])
+    _, accelerate, left, right, brake = ANSWERS
+    said = iter([accelerate, brake, left, "nonsense", accelerate, left, right, brake, left, left])
 
     class Scripted(GitText2ActionWithPrompt):
         def answer(self, frames):
@@ -133,23 +125,15 @@ def test_validation_counts_what_the_model_says(toy_base, data):
         row["told"][0]["text"] = "" if i < 3 else "Brake"
         row["asked"] = [{"question": "How fast?", "text": "" if i < 4 else "Fast."}]
     metrics, confusion = stage2.validate(model, data, batch_size=4)
-    wrong = confusion - np.eye(5, 6, dtype=np.int64) * [2, 1, 2, 1, 1, 0]
-    assert {(i, j): n for (i, j), n in np.ndenumerate(wrong) if n} == {(1, 4): 1, (3, 2): 1, (4, 5): 1}
+    counts = {place: count for place, count in np.ndenumerate(confusion) if count}
+    assert counts == {(1, 1): 2, (1, 2): 1, (2, 2): 2, (2, 4): 1, (3, 2): 1, (3, 3): 1, (4, 4): 1, (4, 5): 1}
     for frame, row in data:
         for told, question, answer in captions.all_texts(row):
             asked = inputs(model, torch.tensor(frame)[None], f"{told} {question}")
             words = torch.tensor(model.processor.tokenizer(answer).input_ids[1:])
             asked["input_ids"] = torch.cat([asked["input_ids"], words[None]], 1)
             losses.append(F.cross_entropy(model.git(**asked).logits[0, -len(words) - 1 : -1], words).item())
-    assert metrics["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    names = ("exact_left_taught", "exact_speed_held_out", "exact_wish_taught", "exact_wish_held_out", "exact_scene")
-    assert [metrics[name] for name in names] == [0.3, 0, 0, 0, 0.4]
-
-
-def test_summary_of_a_known_confusion():
-    """Rows: teacher's Coast, Accelerate, Turn left, Turn right, Brake."""
-    confusion = np.zeros((5, 6), dtype=np.int64)
-    confusion[1, 1], confusion[1, 2], confusion[2, 2], confusion[2, 5], confusion[3, 2] = 45, 5, 20, 10, 20
-    recalls = {"coast": np.nan, "accelerate": 45 / 50, "turn_left": 20 / 30, "turn_right": 0, "brake": np.nan}
-    expected = {"exact_match": 65 / 100, "majority_share": 50 / 100} | {f"recall_{x}": y for x, y in recalls.items()}
-    assert stage2.summarize(confusion) == pytest.approx(expected, nan_ok=True)
+    expected = {"validation_loss": np.mean(losses), "exact_match": 0.6, "majority_share": 0.3, "recall_coast": np.nan}
+    expected |= {"recall_accelerate": 2 / 3, "recall_turn_left": 2 / 3, "recall_turn_right": 0.5, "recall_brake": 0.5}
+    expected |= {"exact_left_taught": 0.3, "exact_speed_held_out": 0, "exact_wish_taught": 0, "exact_wish_held_out": 0}
+    assert metrics == pytest.approx(expected | {"exact_scene": 0.4}, rel=1e-4, nan_ok=True)

@@ -1,4 +1,4 @@
-"""FastCarRacing against Gymnasium's class, the answers' effects and the training wrappers."""
+"""FastCarRacing against Gymnasium's class, and the training wrappers."""
 
 import dataclasses
 import gc
@@ -6,14 +6,13 @@ import gc
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 import car_racing_env
 from car_racing_env import REWARDS, TRAIN_TRACKS, TrainingRewards, episode_end, make_env, make_training_env
 from evaluate import Teacher
 from fast.car_racing import FastCarRacing
-from GitText2ActionWithPrompt import ANSWERS, to_simulator
+from GitText2ActionWithPrompt import ANSWERS
 from instructions import RACE, SIDE, Target, Told
 from perturbations import Throws
 from road import move_car
@@ -61,18 +60,6 @@ def test_identical_when_randomised_and_for_the_viewer():
     assert np.array_equal(fast.render(), stock.render())
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_answers_steer_the_right_way(answer):
-    env = make_env(2, draw=False)
-    env.reset(seed=0)
-    (action,) = to_simulator(torch.tensor([list(ANSWERS).index(answer)]))
-    for _ in range(20):
-        env.step(action)
-    car, sign = env.unwrapped.car, {"Turn left": 1, "Turn right": -1}.get(answer, 0)
-    assert np.sign(np.round(car.wheels[0].joint.angle, 3)) == sign
-    assert (car.hull.linearVelocity.length > 5) == (answer == "Accelerate")
-
-
 def after_gas(env, decisions=25):
     """A fresh episode after some gas."""
     env.reset(seed=3)
@@ -101,8 +88,12 @@ def test_an_early_stop_on_grass_costs_its_share_of_the_lap_so_far():
         paid, summary = drive_on(env, ACCELERATE)
         assert max(paid) == 2.0 and (summary["end"], summary["length"]) == ("grass", 2 * len(paid))
         last[ramp] = paid[-1]
-    share = env.unwrapped.tile_visited_count / (0.25 * len(env.unwrapped.track))
-    assert 0 < share < 1 and summary["track_seed"] < TRAIN_TRACKS
+    tiles, track = env.unwrapped.tile_visited_count, env.unwrapped.track
+    assert summary["return"] == pytest.approx(1000 * tiles / len(track) - 0.1 * summary["length"])  # the task's own
+    env.unwrapped.reset(seed=summary["track_seed"])
+    assert env.unwrapped.track == track and summary["track_seed"] < TRAIN_TRACKS
+    share = tiles / (0.25 * len(track))
+    assert 0 < share < 1
     assert last[1e9] - last[0.0] == pytest.approx(FLAT.grass_penalty)
     assert last[1e9] - last[0.25] == pytest.approx(share * FLAT.grass_penalty)
 
@@ -128,23 +119,20 @@ def test_a_tile_left_behind_costs():
 
 
 def test_moving_the_car_is_a_rigid_motion():
-    """Hull and wheels keep places and velocities as the hull sees them; the next step hardly notices."""
-    env = after_gas(make_env(2, draw=False))
-    car = env.unwrapped.car
+    """Hull and wheels keep places and velocities as the hull sees them."""
+    car = after_gas(make_env(2, draw=False)).unwrapped.car
+    hull, bodies = car.hull, (car.hull, *car.wheels)
 
     def shape():
-        hull, bodies = car.hull, (car.hull, *car.wheels)
         places = [[*hull.GetLocalPoint(body.position), body.angle - hull.angle] for body in bodies]
         return np.hstack([places, [hull.GetLocalVector(body.linearVelocity) for body in bodies]])
 
-    before, speed, place = shape(), car.hull.linearVelocity.length, np.array(car.hull.position)
+    before, place = shape(), np.array(hull.position)
     move_car(car, 2.5, (3.0, -1.0))
     np.testing.assert_allclose(shape(), before, atol=1e-4)
-    np.testing.assert_allclose(np.array(car.hull.position), place + (3.0, -1.0), atol=1e-4)
-    env.step(0)
-    assert speed > 20 and abs(car.hull.linearVelocity.length - speed) < 1
+    np.testing.assert_allclose(np.array(hull.position), place + (3.0, -1.0), atol=1e-4)
     move_car(car, 0.0, velocity=np.array([0.0, 10.0]))
-    assert all(body.linearVelocity.y == 10 and body.angularVelocity == 0 for body in (car.hull, *car.wheels))
+    assert all(body.linearVelocity.y == 10 and body.angularVelocity == 0 for body in bodies)
 
 
 def test_the_road_is_followed():
@@ -191,15 +179,14 @@ def test_what_a_throw_costs_is_not_charged(thrown, grace, length):
     assert summary["length"] == length and (paid[0] > -10) == (length > 50)
 
 
-def told_env(target, **rewards):
-    """A training environment under one target, after some gas, and the `Road` that it keeps."""
-    told, rewards = Told("slow", "taught", "Drive slowly.", target), dataclasses.replace(FLAT, **rewards)
-    env = make_training_env(3, rewards, 2, draw=False, draw_instruction=lambda rng: told, change=0.1)
-    return after_gas(env), env.get_wrapper_attr("road")
-
-
 def test_an_instruction_pays_in_place_of_the_tiles():
     """A speed that is kept, whatever the tiles say; a side costs beside them; progress counts along the road."""
+
+    def told_env(target, **rewards):
+        told, rewards = Told("slow", "taught", "Drive slowly.", target), dataclasses.replace(FLAT, **rewards)
+        env = make_training_env(3, rewards, 2, draw=False, draw_instruction=lambda rng: told, change=0.1)
+        return after_gas(env), env.get_wrapper_attr("road")
+
     env, road = told_env(Target(30.0, SIDE), speed_kept=3.0, side_left=0.5, progress=0.25)
     before = road.travelled
     _, reward, _, _, info = env.step(ACCELERATE)
@@ -213,14 +200,12 @@ def test_an_instruction_pays_in_place_of_the_tiles():
 
 
 def test_a_closed_simulator_leaves_nothing_behind():
-    def objects_after_a_visit():
+    objects = []
+    for _ in range(3):
         env = make_env(draw=False)
         env.reset(seed=1)
-        env.step(ACCELERATE)
         env.close()
         del env
         gc.collect()
-        return len(gc.get_objects())
-
-    before = [objects_after_a_visit() for _ in range(2)][1]
-    assert objects_after_a_visit() < before + 50  # a track has some 300 tiles
+        objects.append(len(gc.get_objects()))
+    assert objects[2] < objects[1] + 50  # a track has some 300 tiles

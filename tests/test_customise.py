@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,8 +45,8 @@ def test_the_documented_changes_work(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def made():
-    """The policy that the document's sweep made after stages 1 and 2, the captions, and what both folders are for."""
+def model():
+    """What the document's sweep made after stages 1 and 2, and saved as a policy."""
     torch.set_num_threads(1)
     make_toy_base(ROOT / "microsoft/git-base", seed=1)
     edit(COLLECT, TRAIN_FRAMES=128, VALIDATION_FRAMES=32, NUM_WORKERS=1, DREAMED=4).main()
@@ -55,9 +54,7 @@ def made():
     sweep, names = re.search(r"```python\n(.*?)```", DOCUMENT, flags=re.S).group(1), {}
     exec(sweep.replace("total_updates=12", "total_updates=1, num_steps=16"), names)
     names["model"].save_policy(ROOT / "results/policy")
-    captions = (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines()
-    task = [read_json(ROOT / x) for x in ("lora_git_caption_model_carllava/task.json", "results/policy/policy.json")]
-    return SimpleNamespace(model=names["model"], captions=[*map(json.loads, captions)], task=task)
+    return names["model"]
 
 
 def push(env, speed):
@@ -69,7 +66,7 @@ def push(env, speed):
     return obs, reward, hull.linearVelocity.length
 
 
-def customised_reward_and_input_of_the_heads(made):
+def customised_reward_and_input_of_the_heads(model):
     """Above 70 a decision costs; the last feature is the speed, which a saved policy and a LoRA see, too."""
     both, frames, speeds = (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0)), [], []
     for pushed in (0, 20, 40, 80, 120):
@@ -77,28 +74,23 @@ def customised_reward_and_input_of_the_heads(made):
         assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
         frames.append(frame), speeds.append(speed)
     frames, loaded = np.stack(frames), model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
-    features, _ = made.model.encode(frames)
+    features, _ = model.encode(frames)
     np.testing.assert_allclose(50 * features[:, -1], speeds, atol=5)
-    assert torch.allclose(made.model(frames)[0], loaded(frames)[0], atol=1e-5)
+    assert torch.allclose(model(frames)[0], loaded(frames)[0], atol=1e-5)
     loaded.add_lora(rank=2, alpha=4)
     assert torch.equal(loaded.features(frames)[:, -1], features[:, -1]) and max(speeds) > 70
 
 
-def customised_question_and_base(made):
-    asked = made.model.processor.tokenizer.decode(made.model.prompt[1:])
-    questions = [made.captions[0]["prompt"], *(facts["prompt"] for facts in made.task), asked]
-    assert {question.lower() for question in questions} == {"which way should the car drive now?"}
-    assert {facts["base_model"] for facts in made.task} == {"microsoft/git-base"}
-
-
-def customised_answers(made):
-    said = collections.Counter((row["text"], row["action"]) for row in made.captions)
-    assert said["Ahead", 3] > 10 and said["Accelerate", 3] > 10
-    assert len(made.model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
-
-
-def customised_instruction(made):
-    """It is said, perhaps varied; what is held out is not."""
-    said = {x["sentence"] for row in made.captions for x in row["told"] if x["instruction"] == "crawl"}
+def customised_question_base_answers_and_instruction(model):
+    """Another question to another base; a sixth answer; a new instruction is said, but not as it is held out."""
+    rows = [*map(json.loads, (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines())]
+    made = [read_json(ROOT / x) for x in ("lora_git_caption_model_carllava/task.json", "results/policy/policy.json")]
+    questions = {rows[0]["prompt"], *(facts["prompt"] for facts in made)}
+    assert questions == {"Which way should the car drive now?"} == {model.question}
+    assert {facts["base_model"] for facts in made} == {"microsoft/git-base"}
+    answers = collections.Counter((row["text"], row["action"]) for row in rows)
+    assert answers["Ahead", 3] > 10 and answers["Accelerate", 3] > 10
+    assert len(model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
+    said = {x["sentence"] for row in rows for x in row["told"] if x["instruction"] == "crawl"}
     crawl = instructions.INSTRUCTIONS["crawl"]
     assert said & set(crawl.taught) and not said & set(crawl.held_out)

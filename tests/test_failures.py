@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from unittest.mock import Mock
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from conftest import COLLECT, PPO, STAGE2, TOY_SHAPE, edit, toy_script
-from test_instructions import scene_of
 from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run, same
 
 from offline import train_teacher
-from questions import describe
 from support import run_files
 from support.checks import BadInput, read_json
 from support.run_files import ROOT
@@ -53,7 +52,8 @@ def test_stage_1_fails(fault, tmp_path):
     assert ("error: " in said) == (fault in ("worker", "disk")), said
 
 
-def test_a_second_run_in_the_same_folder(toy_base, tmp_path, script):
+def test_a_second_run_in_the_same_folder_where_git_is_missing(toy_base, tmp_path, script, monkeypatch):
+    monkeypatch.setenv("PATH", "")
     results = tmp_path / "results"
     with run_files.lock(results), pytest.raises(BadInput, match=str(results)):
         toy_script(PPO, tmp_path, MODEL=str(toy_base)).main()
@@ -64,11 +64,6 @@ def test_output_that_nobody_reads():
     command = f'"{sys.executable}" -c "{code}" | head -c 1'
     reader = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (reader.stdout, reader.stderr) == ("x", "")
-
-
-def test_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert run_files.run_facts()["git_commit"] == "unknown"
 
 
 def reinforce(root, base, resume=False, fault="", updates=8):
@@ -87,15 +82,13 @@ def reinforce(root, base, resume=False, fault="", updates=8):
     ppo.main()
 
 
-FAULTS = {"rollout": KILLED, "log": KILLED, "worker": 1, "ctrl-c": 1, "disk": 1}
-
-
 def test_ppo_resumes_exactly(toy_base, tmp_path, script):
     """Starts that end badly and a last one, against one start; then it is made longer."""
     alone, hurt = tmp_path / "alone" / "results", tmp_path / "hurt" / "results"
     run(reinforce, alone.parent, toy_base)
-    for done, (fault, code) in enumerate(FAULTS.items(), 1):
-        run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=fault in ("worker", "disk"))
+    for done, fault in enumerate(("rollout", "log", "worker", "ctrl-c", "disk"), 1):
+        code, error = KILLED if fault in ("rollout", "log") else 1, fault in ("worker", "disk")
+        run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=error)
         assert run_files.load_state(hurt / "state.pt")["update"] == done, fault
     (hurt / "video_episode_200.partial.mp4").write_text("half")  # as if killed while it was filmed
     run(reinforce, hurt.parent, toy_base, True)
@@ -150,27 +143,18 @@ def test_fine_tuning_resumes_exactly(pipeline, tmp_path):
     start(True, "disk", 1)
 
 
-def collect_noise(tracks, num_frames):
-    """Frames of noise with answers about random scenes, and their speeds and offsets."""
-    frames = np.random.default_rng(tracks[0]).integers(0, 256, (num_frames, 96, 96, 3), dtype=np.uint8)
-    scenes = [scene_of(seed) for seed in range(num_frames)]
-    return frames, [describe(*scene) for scene in scenes], [(state[0] * 50, state[12] * 6) for state, _ in scenes]
-
-
 def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
     """Interrupted in the second of its epochs at toy size, it ends in the same weights."""
 
     def make(name, **constants):
         toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, FITS=16, EPOCHS=3, SAVE_EVERY=2)
         module = script("offline/make_git_tiny", OUTPUT_DIR=str(tmp_path / name), **TOY_SHAPE, **toy, **constants)
-        module.STATE, module.collect = tmp_path / f"{name}.pt", collect_noise
+        module.STATE = tmp_path / f"{name}.pt"
+        module.processes = Mock(workers=lambda number: nullcontext(map))  # the frames come from this process
         return module
 
-    def press_ctrl_c():
-        raise KeyboardInterrupt
-
     interrupted = make("hurt")
-    at_call(6, interrupted, "train_step", press_ctrl_c)
+    at_call(6, interrupted, "train_step", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         interrupted.main()
     losses = run_files.load_state(interrupted.STATE)["losses"]

@@ -7,9 +7,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from test_GitText2ActionWithPrompt import randomize
 
 import ppo_git_with_prompt as ppo
@@ -17,19 +14,17 @@ from GitText2ActionWithPrompt import GitText2ActionWithPrompt, device, to_simula
 from support import processes
 from support.checks import BadInput
 
-shapes, flags = st.tuples(st.integers(1, 25), st.integers(1, 4)), st.sampled_from([0.0, 1.0])
-finite = st.floats(-100, 100, width=32)
 make_accelerator = functools.partial(processes.make_accelerator, device())
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(st.data(), shapes, st.floats(0, 0.999), st.floats(0, 1))
-def test_gae_is_the_sum_of_its_definition(data, shape, gamma, lam):
+@pytest.mark.parametrize("steps, gamma, lam", [(1, 0.98, 0.95), (50, 0.98, 0.95), (50, 0.999, 1.0), (50, 0.9, 0.0)])
+def test_gae_is_the_sum_of_its_definition(steps, gamma, lam):
     """Every advantage as an explicit forward sum of discounted TD errors up to the episode's end."""
-    reward, value, next_value = data.draw(arrays(np.float64, (3, *shape), elements=finite))
-    terminated, truncated = data.draw(arrays(np.float64, (2, *shape), elements=flags))
-    done, expected = np.maximum(terminated, truncated), np.zeros(shape)
-    for t, n in np.ndindex(*shape):
+    rng = np.random.default_rng(0)
+    reward, value, next_value = rng.normal(size=(3, steps, 9))
+    terminated, truncated = rng.choice([0.0, 1.0], (2, steps, 9), p=[0.9, 0.1])
+    done, expected = np.maximum(terminated, truncated), np.zeros((steps, 9))
+    for t, n in np.ndindex(steps, 9):
         weight = 1.0
         for k in range(t, len(reward)):
             target = reward[k, n] + gamma * (0.0 if terminated[k, n] else next_value[k, n])

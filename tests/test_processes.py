@@ -5,7 +5,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -32,15 +31,6 @@ def test_jobs_come_back_in_order_and_closing_ends_the_workers():
         workers = multiprocessing.active_children()
         next(run_jobs(bytes, itertools.repeat(30_000_000)))  # while results are handed over
     assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
-
-
-def test_closing_ends_deaf_simulators():
-    """SDL handles SIGTERM while a display is open, and forked workers inherit that."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    envs = ppo.make_envs(0, num_envs=2)
-    signal.signal(signal.SIGTERM, before)
-    envs.close()
-    assert not any(process.is_alive() for process in envs.processes)
 
 
 def update(base, stored):

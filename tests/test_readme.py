@@ -33,18 +33,13 @@ def table(page, heading):
 
 
 def test_scores():
-    """Every linked score; the README's rows are the same without the links. And PPO's paired differences."""
+    """Every linked score; the README's rows are the same without the links."""
     for text, file, laps, worst in SCORE.findall(RESULTS):
         facts = read_json(PUBLISHED / file)
         assert text == score(facts), file
         assert not laps or (laps, worst) == (f"{facts['laps_finished_percent']:.0f}", f"{facts['min']:.0f}"), file
     rows = [[SCORE.sub(r"\1", cell) for cell in row] for row in table(RESULTS, "| driver | held out")]
     assert all(row in rows for row in table(README, "| driver | held out")) and len(SCORE.findall(RESULTS)) >= 7
-    for place in ("held_out", "test"):
-        policy, answers = (read_json(PUBLISHED / place / f"eval_{name}.json") for name in ("policy", "answers"))
-        difference = np.subtract(policy["returns"], answers["returns"])
-        assert policy["seeds"] == answers["seeds"]
-        assert f"{difference.mean():.1f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.1f}" in RESULTS
 
 
 def test_the_training_runs():
@@ -74,10 +69,6 @@ def test_obedience():
             rows.get((*column, name)) for column in (*columns, ("policy", "nothing"), ("teacher", new or "taught"))
         ]
         assert cells == [percent(row["obeyed"]) if row else "" for row in found], name
-    for names, *cells in table(LANGUAGE, "| told |"):
-        row = rows["policy", "contradictory", names.replace(", ", " + ")]
-        shares = [percent(row[f"obeyed_{name}"]) for name in names.split(", ")]
-        assert cells == [*shares, f"{row['mean_speed']:.0f}", f"{row['mean_offset']:.1f}"]
 
 
 def test_recovery_prompts_pictures_and_agreement():
@@ -107,10 +98,6 @@ def test_ablations_speed_and_page():
     assert {ratio for *_, ratio in table(RESULTS, "| what | compared with")} <= medians
     measured = read_json(BENCHMARKS / "page.json")
     assert table(RESULTS, "| visitors") == [[*map(str, row.values())] for row in measured["together"]]
-    latency, soak = measured["latency_ms"], measured["soak"]
-    assert f"median {latency['median']} ms, slowest of {latency['of']} trials {latency['worst']} ms" in RESULTS
-    assert f"{soak['threads_before']} to {soak['threads_after']}" in RESULTS
-    assert all(f"{soak['memory_mb'][i]} MB" in RESULTS for i in (0, -1))
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -30,6 +30,7 @@ def begin(output, function, args):
     output.close()
     sys.stdout, sys.stderr = (open(stream, "w", 1, encoding="ascii", closefd=False) for stream in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as while SDL has a display open; simulators inherit it
     checks.run(lambda: function(*args))
 
 
