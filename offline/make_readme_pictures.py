@@ -26,7 +26,7 @@ EVERY = 2  # decisions per picture
 HOLD = 2000  # milliseconds for which the last picture stays
 COLORS = 128  # one palette for all pictures, so that colours do not flicker
 TOLD = ("", "Drive slowly.", "Keep to the left.", "The left lane is closed.", "Stop.")  # of one frame
-TOLD_AT = 62  # decision of the plain drive over TOLD_TRACK
+TOLD_AT = 63  # decision of the plain drive over TOLD_TRACK
 TOLD_TRACK = 100_000
 
 

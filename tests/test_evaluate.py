@@ -22,9 +22,9 @@ from teacher import STATE_SIZE, Teacher
 
 GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
-GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy", "seventy", "fifty-five", "seventy"]
-TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "", "The left lane is closed."]
-GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Accelerate", "Accelerate", "Brake"]
+GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy-five", "seventy-five", "fifty", "seventy-five"]
+TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "Slow down.", "The left lane is closed."]
+GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Accelerate", "Brake", "Brake"]
 
 
 def test_results_do_not_depend_on_the_number_of_environments():
@@ -149,8 +149,8 @@ def test_teacher_base_and_adapter_answer_as_they_did(stretch):
     said = [f"the car drives at speed {speed}." for speed in GOLDEN_SPEEDS]
     assert base.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
     assert adapter.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
-    probabilities = adapter.encode(stretch[0])[1][2].exp().tolist()
-    assert probabilities == pytest.approx([0.0, 0.9906, 0.0092, 0.0001, 0.0], abs=1e-3)
+    probabilities = adapter.encode(stretch[0])[1][3].exp().tolist()
+    assert probabilities == pytest.approx([0.0002, 0.9543, 0.0006, 0.0448, 0.0001], abs=1e-3)
 
 
 @torch.no_grad()
