@@ -35,6 +35,7 @@ from car_racing_env import FPS, FRAME_SKIP, TRAIN_TRACKS
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, answer_of, to_simulator
 from instructions import RACE
 from perturbations import RandomBursts, Throws
+from road import read_state
 from support import cards, checks, processes, run_files
 from support.checkpoints import TASK_FILE
 from support.run_files import ROOT
@@ -72,8 +73,8 @@ def load_drivers(policy):
     return load_teacher(), load(ROOT / policy)
 
 
-def answer_for(action, state):
-    """The answer that says the simulator's `action` in a privileged `state`."""
+def answer_for(action, car):
+    """The answer that says the simulator's `action`; `car` is the `State` in which it is taken."""
     return answer_of(action)
 
 
@@ -119,7 +120,7 @@ def collect_episode(track_seed, settings, split="taught"):
             how = {"split": "held_out" if split == "both" and i % 2 else "taught", "varied_share": varied}
             in_force = i == 0 and driving.name  # where an instruction leads it must be obeyed, too
             told.append(instructions.say(driving.name, rng, **how) if in_force else instructions.draw(rng, **how))
-        state = info["state"]
+        state, car = info["state"], read_state(info["state"])
         plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
         if model:
             told_model = [driving.sentence]
@@ -132,15 +133,15 @@ def collect_episode(track_seed, settings, split="taught"):
             number = round(base.t * FPS) - 1
             row = {
                 "file_name": f"{track_seed:06d}_{number:04d}.png",
-                "text": answer_for(plain, state),
+                "text": answer_for(plain, car),
                 "prompt": PROMPT,
             }
             row |= {"action": int(plain), "track_seed": track_seed, "frame": number}
             row["told"] = [
-                {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dream, state)}
+                {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dream, car)}
                 for x, dream in zip(told, dreamed)
             ]
-            row["asked"] = questions.draw(rng, questions.describe(state, env.get_wrapper_attr("road")), settings.asked)
+            row["asked"] = questions.draw(rng, questions.describe(car, env.get_wrapper_attr("road")), settings.asked)
             rows.append(row)
             frames.append(frame)
         _, _, terminated, truncated, info = env.step(int(action))

@@ -5,7 +5,6 @@ by them (offline/make_git_tiny.py), and stage 2 keeps them.
 """
 
 import numpy as np
-from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
 
 SPEED_STEP = 5  # units per second in which the speed is told
 OFFSET_PACE = 0.75  # units: a pace from the middle of the road
@@ -76,8 +75,8 @@ SLIDES = ([0.5, 2.5, 6.5], ["slightly", "", "fast"])  # units per second
 STEERS = ([0.025, 0.125, 0.275], ["slightly", "", "fully"])  # radians
 
 
-def describe(state, road):
-    """The answer to each of QUESTIONS: a dict of sentences, from privileged state and the `Road` around the car."""
+def describe(car, road):
+    """The answer to each of QUESTIONS: a dict of sentences, from the `State` of the car and the `Road` around it."""
 
     def bend(start, end):
         """How the road bends between two of the next tiles."""
@@ -85,10 +84,11 @@ def describe(state, road):
         manner = graded(np.degrees(np.angle(np.exp(-1j * (after - before)))), *BENDS)
         return f"bends {manner}" if manner else "goes straight on"
 
-    points = state[15:].reshape(-1, 2) * 20  # right, forward
-    speed, offset, grass = state[0] * 50, state[12] * TRACK_WIDTH, 4 - int(state[8:12].sum())
-    heading = np.degrees(np.arctan2(state[13], state[14]))
-    manner = "stands still" if abs(speed) < 2.5 else f"drives at speed {fives(speed)}" if speed > 0 else "rolls back"
+    heading, grass = np.degrees(np.arctan2(car.sin_heading, car.cos_heading)), 4 - int(car.wheels_on_road.sum())
+    if abs(car.forward) < SPEED_STEP / 2:
+        manner = "stands still"
+    else:
+        manner = f"drives at speed {fives(car.forward)}" if car.forward > 0 else "rolls back"
     if grass in (0, 4):
         on_grass = "The whole car is on the grass." if grass else "No, all wheels are on the road."
     else:
@@ -100,19 +100,19 @@ def describe(state, road):
         points_to = f"{fives(heading)} degrees to the {side}" if fives(heading) != "zero" else "along the road"
     return {
         "speed": f"The car {manner}.",
-        "offset": f"The car is {paces(offset, OFFSET_PACE, 'the middle', 'in the middle')}.",
+        "offset": f"The car is {paces(car.offset, OFFSET_PACE, 'the middle', 'in the middle')}.",
         "heading": f"The car points {points_to}.",
-        "turning": f"The car turns {graded(-state[2] * 3, *TURNS) or 'nowhere'}.",
-        "sliding": f"The car slides {graded(state[1] * 20, *SLIDES) or 'nowhere'}.",
-        "steering": f"The wheels point {graded(-state[3] * 0.4, *STEERS) or 'straight on'}.",
-        "wheels": f"The wheels spin at speed {number(10 * np.clip(round(state[6] * 10), 0, 10))}.",
+        "turning": f"The car turns {graded(-car.yaw_rate, *TURNS) or 'nowhere'}.",
+        "sliding": f"The car slides {graded(car.right, *SLIDES) or 'nowhere'}.",
+        "steering": f"The wheels point {graded(-car.steering, *STEERS) or 'straight on'}.",
+        "wheels": f"The wheels spin at speed {number(10 * np.clip(round(car.wheel_speeds[2] / 10), 0, 10))}.",
         "grass": on_grass,
         "bend": f"The road {bend(0, 4)}.",
         "next bend": f"Next the road {bend(4, 8)}.",
         "far bend": f"Far ahead the road {bend(8, 12)}.",
-        "near": f"The road is {paces(points[2, 0], 0.8, 'the car', 'straight before it')}.",
-        "ahead": f"Ahead the road is {paces(points[5, 0], 1.5, 'the car', 'straight before it')}.",
-        "far": f"Far ahead the road is {paces(points[8, 0], 3.0, 'the car', 'straight before it')}.",
+        "near": f"The road is {paces(car.ahead[2, 0], 0.8, 'the car', 'straight before it')}.",
+        "ahead": f"Ahead the road is {paces(car.ahead[5, 0], 1.5, 'the car', 'straight before it')}.",
+        "far": f"Far ahead the road is {paces(car.ahead[8, 0], 3.0, 'the car', 'straight before it')}.",
     }
 
 

@@ -1,11 +1,16 @@
-"""Where the car is on the road, and putting it elsewhere.
+"""Where the car is on the road, what else the simulator knows of it, and putting it elsewhere.
 
-Reads and writes nothing.
+Reads and writes nothing. Units are the simulator's: of length Box2D's metre, of which the road is 13.3 wide; seconds; radians.
 """
+
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
+from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP, TRACK_WIDTH
+
+TILES_AHEAD = 12  # points of the road in a state; the camera shows about 10
+STATE_SIZE = 15 + 2 * TILES_AHEAD
 
 
 class Road:
@@ -33,6 +38,65 @@ class Road:
         if before is not None:
             tiles = (self.tile - before + length // 2) % length - length // 2
             self.travelled += tiles + self.along - along_before
+
+
+class State(NamedTuple):
+    """What the simulator knows of a car, or of several, read from their encoded states (..., STATE_SIZE), numpy or torch."""
+
+    forward: Any  # speed along the car, (...)
+    right: Any  # and across it, (...)
+    yaw_rate: Any  # left is positive, (...)
+    steering: Any  # of the front wheels, left is positive, (...)
+    wheel_speeds: Any  # radians per second, (..., 4), the rear ones last
+    wheels_on_road: Any  # 0 or 1, (..., 4)
+    offset: Any  # from the middle of the road, right is positive, (...)
+    sin_heading: Any  # of the road's direction against the car's, left is positive, (...)
+    cos_heading: Any  # (...)
+    ahead: Any  # the next points of the road in the car's frame, right and forward, (..., TILES_AHEAD, 2)
+
+
+def encode_state(env):
+    """The car's `State` of this moment as the teacher reads it, float32 (STATE_SIZE,), roughly in [-1, 1].
+
+    Neither time nor progress: nothing that the camera cannot show.
+    """
+    car, road = env.unwrapped.car, env.get_wrapper_attr("road")
+    hull = car.hull
+    sin, cos = np.sin(hull.angle), np.cos(hull.angle)
+    to_car = np.array([[cos, -sin], [sin, cos]])  # columns: the car's right and forward
+    ahead = (road.tile + 1 + np.arange(TILES_AHEAD)) % len(road.track)
+    right, forward = np.array(hull.linearVelocity) @ to_car
+    return np.array(
+        [
+            forward / 50,
+            right / 20,
+            hull.angularVelocity / 3,
+            car.wheels[0].joint.angle / 0.4,
+            *(wheel.omega / 100 for wheel in car.wheels),
+            *(bool(wheel.tiles) for wheel in car.wheels),
+            road.offset / TRACK_WIDTH,
+            np.sin(road.heading - hull.angle),
+            np.cos(road.heading - hull.angle),
+            *((road.track[ahead, 2:] - np.array(hull.position)) @ to_car / 20).ravel(),
+        ],
+        dtype=np.float32,
+    )
+
+
+def read_state(states):
+    """The `State` that `encode_state` encoded, of one or several (..., STATE_SIZE)."""
+    return State(
+        forward=50 * states[..., 0],
+        right=20 * states[..., 1],
+        yaw_rate=3 * states[..., 2],
+        steering=0.4 * states[..., 3],
+        wheel_speeds=100 * states[..., 4:8],
+        wheels_on_road=states[..., 8:12],
+        offset=TRACK_WIDTH * states[..., 12],
+        sin_heading=states[..., 13],
+        cos_heading=states[..., 14],
+        ahead=20 * states[..., 15:STATE_SIZE].reshape(*states.shape[:-1], TILES_AHEAD, 2),
+    )
 
 
 class FollowRoad(gym.Wrapper):

@@ -7,18 +7,16 @@ Reads offline/teacher.safetensors, made by `python -m offline.train_teacher`. Be
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
 from torch import nn
 from torch.nn import functional as F
 
 from car_racing_env import FRAME_SKIP, make_env
 from instructions import RACE, SIDE, TARGET_SIZE, Target
+from road import STATE_SIZE, encode_state, read_state
 from support.checks import BadInput, read_weights
 from support.run_files import ROOT
 
 TEACHER = "offline/teacher.safetensors"
-TILES_AHEAD = 12  # track points the teacher sees; the camera shows about 10
-STATE_SIZE = 15 + 2 * TILES_AHEAD
 GAS_GOVERNOR = 20.0  # added to the logit of gas, at most
 BRAKE_GOVERNOR = 60.0  # added to that of the brake; by 20 the net had learned to coast on at 40 whatever it was told
 TOLERATED = 2.0  # units per second above the speed asked for that are not braked away: coasting does not get slower
@@ -32,44 +30,15 @@ DAMPING = 0.1  # seconds: a car that already turns there is steered less
 
 
 class PrivilegedState(gym.Wrapper):
-    """Add `info["state"]`: what the simulator knows, float32 (STATE_SIZE,), roughly in [-1, 1].
-
-    Car: forward and sideways speed, yaw rate, steering angle, four wheel speeds, four wheels on the road, offset from
-    the middle of the road, sine and cosine of the heading against the road; then the next TILES_AHEAD points of the
-    road in the car's frame. Neither time nor progress: nothing that the camera cannot show.
-    """
+    """Add `info["state"]`, what the simulator knows: `road.encode_state`, float32 (STATE_SIZE,)."""
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        return obs, info | {"state": self.state()}
+        return obs, info | {"state": encode_state(self)}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated, truncated, info | {"state": self.state()}
-
-    def state(self):
-        """The privileged state of this moment."""
-        car, road = self.unwrapped.car, self.get_wrapper_attr("road")
-        hull = car.hull
-        sin, cos = np.sin(hull.angle), np.cos(hull.angle)
-        to_car = np.array([[cos, -sin], [sin, cos]])  # columns: the car's right and forward
-        ahead = (road.tile + 1 + np.arange(TILES_AHEAD)) % len(road.track)
-        right, forward = np.array(hull.linearVelocity) @ to_car
-        return np.array(
-            [
-                forward / 50,
-                right / 20,
-                hull.angularVelocity / 3,
-                car.wheels[0].joint.angle / 0.4,
-                *(wheel.omega / 100 for wheel in car.wheels),
-                *(bool(wheel.tiles) for wheel in car.wheels),
-                road.offset / TRACK_WIDTH,
-                np.sin(road.heading - hull.angle),
-                np.cos(road.heading - hull.angle),
-                *((road.track[ahead, 2:] - np.array(hull.position)) @ to_car / 20).ravel(),
-            ],
-            dtype=np.float32,
-        )
+        return obs, reward, terminated, truncated, info | {"state": encode_state(self)}
 
 
 def mlp(inputs, outputs, hidden_size=192):
@@ -98,29 +67,29 @@ class Teacher(nn.Module):
         self.net = mlp(STATE_SIZE + TARGET_SIZE, 5)
 
     def forward(self, state_and_target):
-        speed = state_and_target[:, 0]  # forward; speeds are in units of 50 here
-        told, target, stop, side = state_and_target[:, STATE_SIZE : STATE_SIZE + 4].T
-        limit = torch.where(told > 0, target, torch.where(side > 0, CRUISE, RACE_LIMIT) / 50)
-        excess = speed - limit
-        push = -torch.tanh(20 * excess) * (1 - stop)
-        push = torch.where(told > 0, push, push.clamp(max=0))  # told no speed it is held back only, not driven
-        lost = (state_and_target[:, 14] < BACKWARDS) * (1 - told)
-        stands = (torch.hypot(50 * speed, 20 * state_and_target[:, 1]) < CRAWL) * (1 - told)
+        car, target = read_state(state_and_target), state_and_target[:, STATE_SIZE:]
+        has_speed, speed, stop, has_side, side = target.T  # as Target.encode says
+        limit = torch.where(has_speed > 0, 50 * speed, torch.where(has_side > 0, CRUISE, RACE_LIMIT))
+        excess = car.forward - limit
+        push = -torch.tanh(0.4 * excess) * (1 - stop)
+        push = torch.where(has_speed > 0, push, push.clamp(max=0))  # told no speed it is held back only, not driven
+        lost = (car.cos_heading < BACKWARDS) * (1 - has_speed)
+        stands = (torch.hypot(car.forward, car.right) < CRAWL) * (1 - has_speed)
         gas = GAS_GOVERNOR * (push + stands) - BRAKE_GOVERNOR * stop
-        too_fast = torch.tanh(20 * (excess - TOLERATED / 50)).clamp(min=0) * (1 - stop) + stop
+        too_fast = torch.tanh(0.4 * (excess - TOLERATED)).clamp(min=0) * (1 - stop) + stop
         brake = BRAKE_GOVERNOR * too_fast - GAS_GOVERNOR * lost
-        zero = torch.zeros_like(speed)
-        right = SIDE_GOVERNOR * side * self.pursuit(state_and_target) * (speed > CRAWL / 50)
+        right = SIDE_GOVERNOR * has_side * self.pursuit(car, SIDE * side) * (car.forward > CRAWL)
+        zero = torch.zeros_like(right)
         return self.net(state_and_target) + torch.stack([zero, right, -right, gas, brake], 1)
 
-    def pursuit(self, state_and_target):
-        """How much further right the car should turn for its side of the road, from -1 to 1: (B,)."""
-        near, far = (20 * state_and_target[:, 17:21]).unflatten(1, (2, 2)).unbind(1)  # the second and third point ahead
+    def pursuit(self, car, side):
+        """How much further right the car should turn to drive at the offset `side` (B,), from -1 to 1: (B,)."""
+        near, far = car.ahead[:, 1], car.ahead[:, 2]
         along = F.normalize(far - near, dim=1)
-        to_the_right = torch.stack([along[:, 1], -along[:, 0]], 1) * SIDE * state_and_target[:, STATE_SIZE + 4, None]
+        to_the_right = torch.stack([along[:, 1], -along[:, 0]], 1) * side[:, None]
         right, forward = ((near + far) / 2 + to_the_right).unbind(1)
-        angle, yaw_rate = torch.atan2(right, forward.clamp(min=0.5)), 3 * state_and_target[:, 2]  # left is positive
-        return torch.tanh(SHARPNESS * (angle + DAMPING * yaw_rate))
+        angle = torch.atan2(right, forward.clamp(min=0.5))
+        return torch.tanh(SHARPNESS * (angle + DAMPING * car.yaw_rate))
 
     @torch.no_grad()
     def act(self, states, targets=RACE):

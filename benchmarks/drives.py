@@ -5,10 +5,10 @@ import functools
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP, TRACK_WIDTH
+from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
 
 from car_racing_env import FPS, FRAME_SKIP, make_env
-from road import move_car
+from road import move_car, read_state
 from support import processes
 from teacher import PrivilegedState
 
@@ -68,12 +68,12 @@ def drive(driver, tracks, decisions, says, angles=None, when=0):
 
 def measure(states):
     """What privileged states (N, STATE_SIZE) say of speed, offset and road: a dict of arrays (N,)."""
-    forward, right = 50 * states[:, 0], 20 * states[:, 1]
+    cars = read_state(states)
     return {
-        "speed": np.hypot(forward, right),
-        "along": forward * states[:, 14] - right * states[:, 13],
-        "offset": states[:, 12] * TRACK_WIDTH,
-        "on_road": states[:, 8:12].any(1),
+        "speed": np.hypot(cars.forward, cars.right),
+        "along": cars.forward * cars.cos_heading - cars.right * cars.sin_heading,
+        "offset": cars.offset,
+        "on_road": cars.wheels_on_road.any(1),
     }
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium.envs.box2d.car_racing import TRACK_WIDTH
 from tqdm import tqdm
 from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
@@ -32,6 +31,7 @@ from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from instructions import Target, draw_target
 from perturbations import RandomBursts, Throws
 from questions import describe
+from road import read_state
 from support import cards, checks, processes, run_files
 from support.run_files import ROOT
 from teacher import TEACHER, PrivilegedState, load_teacher
@@ -97,11 +97,12 @@ def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, spe
         target = env.get_wrapper_attr("told").target
         _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
         end = car_racing_env.episode_end(terminated, truncated, info)
-        stuck = 0 if info["state"][8:12].any() else stuck + 1
+        car = read_state(info["state"])
+        stuck = 0 if car.wheels_on_road.any() else stuck + 1
         if rng.random() < keep:
             frames.append(env.unwrapped.draw())
-            answers.append(describe(info["state"], env.get_wrapper_attr("road")))
-            motion.append((info["state"][0] * 50, info["state"][12] * TRACK_WIDTH))
+            answers.append(describe(car, env.get_wrapper_attr("road")))
+            motion.append((car.forward, car.offset))
     return np.stack(frames or [env.unwrapped.draw()])[: len(answers)], answers, motion
 
 

@@ -30,9 +30,10 @@ import car_racing_env
 from instructions import TARGET_SIZE, draw_target
 from perturbations import RandomBursts, Throws
 from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
+from road import STATE_SIZE
 from support import checks, processes, run_files
 from support.run_files import ROOT
-from teacher import STATE_SIZE, PrivilegedState, Teacher, make_evaluation_env, mlp
+from teacher import PrivilegedState, Teacher, make_evaluation_env, mlp
 
 OUTPUT_DIR = "offline"
 SEED = 0

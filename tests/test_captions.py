@@ -13,6 +13,7 @@ from collect_captions import Settings, collect_episode
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from instructions import INSTRUCTIONS, RACE, WISH_QUESTION, WORDINGS, is_held_out, target
 from questions import QUESTIONS, describe
+from road import read_state
 from teacher import load_teacher, make_evaluation_env
 
 WISHES = {"Keep left.": "Keep left.", "Speed thirty.": "Drive at speed thirty."}
@@ -31,7 +32,7 @@ def assert_captions(frames, rows, driven=None):
             row, frame = kept.pop(number), frames.pop(0)
             assert row["action"] == said == ANSWERS[row["text"]] and (row["prompt"], row["track_seed"]) == (PROMPT, 7)
             assert np.array_equal(frame, obs)
-            told, asked = describe(info["state"], env.get_wrapper_attr("road")), row["asked"]
+            told, asked = describe(read_state(info["state"]), env.get_wrapper_attr("road")), row["asked"]
             assert all(told[x["about"]] == x["text"] and x["question"] in QUESTIONS[x["about"]] for x in asked)
             targets = [RACE if x["instruction"] == "garbled" else target(x["instruction"]) for x in row["told"]]
             assert [ANSWERS[x["text"]] for x in row["told"]] == teacher.act(info["state"][None], targets).tolist()

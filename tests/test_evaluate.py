@@ -17,8 +17,9 @@ import instructions
 from benchmarks import drives, obedience, recovery
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, parse_answer
 from instructions import RACE, SIDE, Target
+from road import STATE_SIZE
 from support.run_files import ROOT
-from teacher import STATE_SIZE, Teacher
+from teacher import Teacher
 
 GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"

@@ -9,8 +9,8 @@ import pytest
 import instructions
 import questions
 from instructions import INSTRUCTIONS, RACE, SIDE, Target
+from road import STATE_SIZE, read_state
 from support.run_files import ROOT
-from teacher import STATE_SIZE
 
 
 def words(sentences):
@@ -100,5 +100,5 @@ def test_the_scene_in_sentences(state, degrees, expected):
     values, track = np.zeros(STATE_SIZE), np.zeros((300, 4))
     values[8:12], values[14], track[4:, 1] = 1, 1, np.radians(degrees)
     values[[*state]] = [*state.values()]
-    described = questions.describe(values, SimpleNamespace(track=track, tile=0))
+    described = questions.describe(read_state(values), SimpleNamespace(track=track, tile=0))
     assert all(said in described[about] for about, said in expected.items())
