@@ -37,7 +37,7 @@ ANSWERS = {"Coast": 0, "Accelerate": 3, "Turn left": 2, "Turn right": 1, "Brake"
 LANGUAGE_PRIOR = 1.0  # weight of the answers' log-probabilities in the action logits; 0 is a plain policy head
 PRIOR_FLOOR = 0.02  # share of the prior spread over all answers, so that every action stays explorable
 HEAD_SIZE = 256  # the head's expanded hidden layer
-DROPOUT = 0.1  # in the head, while training only
+DROPOUT = 0.1  # in the policy head, while training only
 MAX_ANSWER_TOKENS = 16  # of a sentence about the scene; the answers have at most two
 DEVICE = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one; on CUDA the backbone runs in bfloat16
 
@@ -212,11 +212,6 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
-    @property
-    def prompt(self):
-        """Token ids of the plain question, [CLS] before it."""
-        return prompt_ids(self.processor.tokenizer, "", self.question)
 
     def prompts(self, instructions, count, ending=(), question=None):
         """Padded token ids int64 (count, T) of instruction, question and `ending`, and their lengths int64 (count,)."""

@@ -27,8 +27,8 @@ TRAIN_TRACKS = 100_000  # training draws track seeds below; the seeds from here 
 class Rewards:
     """What training adds to the task's reward. None of it can reach an evaluation.
 
-    A discounted driver values 10 % more speed at some 10 points, the task at less than 1. So the penalties are ten times
-    what the task charges for the same mistake: beside the tiles' rewards the two then agree.
+    To a driver that discounts, 10 % more speed is worth some 10 points, to the task less than 1: it would hurry and make
+    mistakes. So a mistake costs ten times what the task charges for it.
     """
 
     clip: float = 10.0  # bound on the task's reward per decision; at 1 two tiles, 3.5 each, would pay like one

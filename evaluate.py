@@ -27,7 +27,7 @@ from support.run_files import ROOT
 from teacher import TEACHER, load_teacher, make_evaluation_env
 
 DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
-INSTRUCTION = ""  # said all the way: "Keep left."; the teacher takes a name of instructions.py: "left"
+INSTRUCTION = ""  # in force for the whole drive: "Keep left."; the teacher takes a name of instructions.py: "left"
 FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,200-100,299 held out, 201,000-201,099 test
 NUM_TRACKS = 100
 NUM_ENVS = 10  # simulated side by side, each in a process of its own

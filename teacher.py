@@ -18,7 +18,7 @@ from support.run_files import ROOT
 
 TEACHER = "offline/teacher.safetensors"
 GAS_GOVERNOR = 20.0  # added to the logit of gas, at most
-BRAKE_GOVERNOR = 60.0  # added to that of the brake; by 20 the net had learned to coast on at 40 whatever it was told
+BRAKE_GOVERNOR = 60.0  # added to that of the brake; 20 was too little against a net that had learned to coast on at 40
 TOLERATED = 2.0  # units per second above the speed asked for that are not braked away: coasting does not get slower
 BACKWARDS = -0.9  # cosine of the heading against the road below which a car faces the wrong way
 CRAWL = 4.0  # units per second: slower is standing

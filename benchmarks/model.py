@@ -21,7 +21,7 @@ import train_git_lora_carllava_style as stage2
 from benchmarks import compare
 from captions import Captions, Collator
 from fast import git_forward
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, prompt_ids
 from support import checkpoints, checks
 from support.run_files import ROOT
 
@@ -72,17 +72,25 @@ def repeat(times, frames, work, *args):
 
 def compare_forward(name, git, model, frames, times, **note):
     """Our forward against the tutorial's, after their features were found equal."""
-    theirs = tutorial_forward(git, model.processor, frames, model.prompt)
+    theirs = tutorial_forward(git, model.processor, frames, prompt_ids(model.processor.tokenizer))
     difference = (model.encode(frames)[0] - theirs).abs().max().item()
     assert difference < 1e-5, f"{name}: outputs differ by {difference}"
-    peer = repeat(times, frames, tutorial_forward, git, model.processor, frames, model.prompt + model.shared_word)
+    peer = repeat(
+        times,
+        frames,
+        tutorial_forward,
+        git,
+        model.processor,
+        frames,
+        prompt_ids(model.processor.tokenizer) + model.shared_word,
+    )
     ours = repeat(times, frames, model, frames)
     compare.alternate(name, "frame", peer, ours, largest_difference=difference, **note)
 
 
 def compare_answer(name, git, model, frames, times):
     """Our answers against `generate`, after they were found equal."""
-    question = git, model.processor, frames, model.prompt
+    question = git, model.processor, frames, prompt_ids(model.processor.tokenizer)
     assert tutorial_answer(*question) == model.answer(frames)
     peer, ours = repeat(times, frames, tutorial_answer, *question), repeat(times, frames, model.answer, frames)
     compare.alternate(name, "frame", peer, ours)
@@ -177,7 +185,15 @@ def compare_base_size():
     resized = np.stack([np.asarray(Image.fromarray(frame).resize((224, 224))) for frame in frames])
     compare_forward("policy forward, git-base size, 224 px, batch 1", git_224, model_224, resized[:1], 1)
     for batch in BATCHES:
-        peer = repeat(1, frames[:batch], tutorial_forward, git_224, processor_224, resized[:batch], model_96.prompt)
+        peer = repeat(
+            1,
+            frames[:batch],
+            tutorial_forward,
+            git_224,
+            processor_224,
+            resized[:batch],
+            prompt_ids(model_96.processor.tokenizer),
+        )
         ours = repeat(1, frames[:batch], model_96, frames[:batch])
         name = f"policy forward, git-base size, batch {batch}: ours at 96 px vs the tutorial at 224 px"
         compare.alternate(name, "frame", peer, ours, note="another input, so not the same output")

@@ -1,4 +1,6 @@
-"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions: same environments, workers, frame skip, evaluations.
+"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions: same workers, frame skip, evaluations.
+
+The environments are those in which nobody is told anything and no car is thrown about.
 
 Trains until it has had both the frames and the wall-clock of the run in RESULTS_DIR. Writes RESULTS_DIR/sb3_eval_log.csv
 and sb3_run.json.

@@ -66,10 +66,9 @@ HEADS = 4
 EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
-# instructions per step of the last epoch, after which it is asked what is wanted, and others, after which it is asked whether
-# it is so: the one run with them from the start, with all the weight, did not learn to read the speed (LOG.md)
-WISHES = 128
-FITS = 256
+# in each step of the last epoch; from the start and with all the weight they kept it from learning to read the speed (LOG.md)
+WISHES = 128  # instructions after which it is asked what is wanted
+FITS = 256  # instructions after which it is asked whether the car drives so
 WISH_WEIGHT = 0.5  # of the loss of either beside that of the scene
 VARIED = 0.5  # share of these that are said as somebody else might say them
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule

@@ -3,23 +3,21 @@
 from huggingface_hub import EvalResult, ModelCardData
 
 
-def model_card(text, metrics=None, **data):
-    """`text` below the metadata that the Hub shows: `data`, and `metrics` (name to number) on the validation tracks."""
+def model_card(name, text, metrics, **data):
+    """`text` below the metadata that the Hub shows: `data`, and the model's `metrics` (name to number) on the validation tracks."""
     results = [
         EvalResult(
             task_type=data["pipeline_tag"],
             dataset_type="CarRacing-v3",
             dataset_name="CarRacing-v3, validation tracks",
-            metric_type=name,
+            metric_type=metric,
             metric_value=value,
         )
-        for name, value in (metrics or {}).items()
+        for metric, value in metrics.items()
     ]
     if results:
-        data |= {"model_name": data.pop("name"), "eval_results": results}
-    return (
-        f"---\n{ModelCardData(**{key: x for key, x in data.items() if key != 'name'}).to_yaml()}\n---\n{text.lstrip()}"
-    )
+        data |= {"model_name": name, "eval_results": results}
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{text.lstrip()}"
 
 
 def table(metrics):
@@ -93,7 +91,7 @@ def policy_card(folder, facts):
     validation = facts.get("validation")
     metrics = {"mean_reward": f"{validation['mean']} +/- {validation['std']}"} if validation else {}
     return model_card(
-        text.format(folder=folder, rest=rest, floor=floor, **facts), metrics, name="carllava-rl-policy",
+        "carllava-rl-policy", text.format(folder=folder, rest=rest, floor=floor, **facts), metrics,
         pipeline_tag="reinforcement-learning", base_model=facts["base_model"], tags=["CarRacing-v3", "ppo"],
     )  # fmt: skip
 
@@ -125,7 +123,7 @@ def adapter_card(facts, metrics):
     """The card of an adapter folder; `metrics` are those of stage 2's last epoch."""
     text = ADAPTER.format(**facts | {"answers": ", ".join(facts["answers"])}, table=table(metrics))
     return model_card(
-        text, {"exact_match": round(metrics["exact_match"], 4)}, name="carllava-rl-lora", library_name="peft",
+        "carllava-rl-lora", text, {"exact_match": round(metrics["exact_match"], 4)}, library_name="peft",
         pipeline_tag="image-text-to-text", base_model=facts["base_model"],
     )  # fmt: skip
 
@@ -189,6 +187,6 @@ def base_card(facts, accuracy):
     scene = [share for question, share in accuracy.items() if "," not in question]
     rows = "\n".join(f"| {question} | {share:.1%} |" for question, share in accuracy.items())
     return model_card(
-        BASE.format(**facts, rows=rows), {"exact_match": round(sum(scene) / len(scene), 4)},
-        name="git-tiny", library_name="transformers", pipeline_tag="image-text-to-text",
+        "git-tiny", BASE.format(**facts, rows=rows), {"exact_match": round(sum(scene) / len(scene), 4)},
+        library_name="transformers", pipeline_tag="image-text-to-text",
     )  # fmt: skip
