@@ -55,9 +55,7 @@ THROWN = 0.009  # chance per decision, and at the start, that the car is thrown 
 SPED_UP = 0.3  # share of the throws that only make it fast; the others turn it
 TOLD_SHARE = 0.45  # of the time the driver follows an instruction
 CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop
-DREAMED = (
-    4  # instructions under which each frame is labelled, whoever drives (SimLingo's action dreaming, arXiv 2503.09594)
-)
+DREAMED = 4  # instructions under which each frame is labelled, whoever drives (action dreaming, arXiv 2503.09594)
 VARIED = 0.5  # share of these in the training split that are said as somebody else might say them
 ASKED = 2  # questions about the scene that each frame carries
 STUCK_LIMIT = 150  # frames below walking pace, though not told to stand, after which an episode is dropped

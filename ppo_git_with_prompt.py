@@ -40,9 +40,7 @@ TORCH_THREADS = 1  # two are a sixth faster on idle cores and several times slow
 NUM_STEPS = 512  # decisions per environment and update
 INSTRUCTED_SHARE = 0.5  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
 CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop
-THROWN = (
-    0.001  # chance per decision, and at the start, of a throw (perturbations.py); one that turns the car is no mistake
-)
+THROWN = 0.001  # chance per decision, and at the start, of a throw (perturbations.py); a turned car is not charged
 TOTAL_UPDATES = 48  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
 MINIBATCH_SIZE = 256  # decisions of each process; a step is that of the union

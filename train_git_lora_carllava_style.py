@@ -218,8 +218,8 @@ def main():
         checkpoint = checkpoints.last_complete_checkpoint(checkpoint_dir)
     elif rank == 0:
         run_files.clear(checkpoint_dir, script, results, output)
-    if rank == 0:
         run_files.write_run(checkpoint_dir, run)
+    if rank == 0:
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"
         print(f"LoRA on {BASE_MODEL}: {size} train for {EPOCHS} epochs on {len(train):,} frames")
