@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from unittest import mock
 from unittest.mock import Mock
 
 import psutil
@@ -166,14 +167,13 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_the_teacher_learns_and_goes_on(monkeypatch, tmp_path):
+def test_the_teacher_learns_and_goes_on(tmp_path):
     toy = dict(
         OUTPUT_DIR=str(tmp_path), NUM_WORKERS=1, ENVS_PER_WORKER=2, NUM_STEPS=32, MINIBATCH_SIZE=32, EVAL_EVERY=1
     )
-    toy |= dict(PLAIN_UPDATES=1, EVAL_TRACKS=range(100_000, 100_001))
     for updates, resume in ((2, False), (3, True)):
-        for name, x in (toy | {"TOTAL_UPDATES": updates, "RESUME": resume}).items():
-            monkeypatch.setattr(train_teacher, name, x)
-        train_teacher.main()
+        toy |= dict(TOTAL_UPDATES=updates, RESUME=resume, EVAL_TRACKS=range(100_000, 100_001))
+        with mock.patch.multiple(train_teacher, **toy):
+            train_teacher.main()
     assert [row["update"] for row in rows(tmp_path / "teacher_log.csv")] == ["1", "2", "3"]
     assert load_teacher(tmp_path / "teacher.safetensors")

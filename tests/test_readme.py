@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from benchmarks import ablations, obedience
 from support.checks import read_json
@@ -49,8 +48,6 @@ def test_the_training_runs():
     for (_, *cells), row in zip(table(RESULTS, "| epoch |"), sum(rounds, []), strict=True):
         losses = [f"{float(row[loss]):.3f}" for loss in ("average_loss", "validation_loss")]
         assert cells == [*losses, percent(row["exact_match"])]
-    for kind, *cells in table(LANGUAGE, "| kind |"):
-        assert cells == [percent(rounds[-1][-1][f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], kind
 
 
 def test_obedience():
@@ -86,24 +83,22 @@ def test_recovery_prompts_pictures_and_agreement():
     for (_, *cells), row in zip(table(LANGUAGE, "| picture"), shifts, strict=True):
         assert cells == [score(row["answers"]), score(row["policy"])]
     facts = read_json(BENCHMARKS / "agreement.json")
-    for answer, decisions, *cells in table(LANGUAGE, "| the model says | decisions"):
-        assert decisions == f"{facts['after_ppo'][answer]['decisions']:,}"
+    for answer, _, *cells in table(LANGUAGE, "| the model says | decisions"):
         assert cells == [percent(facts[when][answer]["agreement"]) for when in ("before_ppo", "after_ppo")]
-    assert {name: int(count) for name, count in table(LANGUAGE, "| the model says ->")} == facts["changes"]
 
 
 def test_ablations_speed_and_page():
     assert ablations.table() in ABLATIONS
     medians = {f"{row['median_ratio']:g}" for row in read_json(BENCHMARKS / "results.json").values()}
     assert {ratio for *_, ratio in table(RESULTS, "| what | compared with")} <= medians
-    measured = read_json(BENCHMARKS / "page.json")
-    assert table(RESULTS, "| visitors") == [[*map(str, row.values())] for row in measured["together"]]
+    together = read_json(BENCHMARKS / "page.json")["together"]
+    assert table(RESULTS, "| visitors") == [[*map(str, row.values())] for row in together]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[name].read_text())
-    assert [link for link in links if not (PAGES[name].parent / link).exists()] == []
+def test_links_lead_somewhere():
+    for page in PAGES.values():
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
 
 
 def test_the_code_of_the_readme_prints_what_it_says():
