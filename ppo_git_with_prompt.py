@@ -125,12 +125,6 @@ class ReturnNormalizer:
         self.mean, self.var, self.count = self.mean + delta * n / total, m2 / total, total
         return reward / (self.var + 1e-8) ** 0.5
 
-    def state_dict(self):
-        return dict(vars(self))
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-
 
 def explained_variance(value, returns):
     """1 - Var(returns - value) / Var(returns): 1 is perfect, 0 as good as the mean."""
@@ -268,7 +262,7 @@ def train(
         model.load_trained(state["model"], "state.pt")
         average = {name: p.to(model.device) for name, p in state["average"].items()}
         optimizer.load_state_dict(state["optimizer"])
-        normalizer.load_state_dict(state["normalizer"])
+        vars(normalizer).update(state["normalizer"])
         own = state["processes"][accelerator.process_index]
         processes.set_rng_state(own["rng"], model.device)
         envs.set_attr("resume_from", own["episodes"])
@@ -277,7 +271,7 @@ def train(
     def saved_state(number):
         own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
         state = {"update": number, "model": model.trained_parameters(), "average": average}
-        state |= {"optimizer": optimizer.state_dict(), "normalizer": normalizer.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "normalizer": vars(normalizer)}
         return state | {"processes": gather_object([own])}
 
     if not state:

@@ -288,12 +288,13 @@ def summarize(episodes):
     return {name: np.mean(column) if column else float("nan") for name, column in columns.items()}
 
 
-def save_teacher(output, number, weights, row, parts):
+def save_teacher(output, number, weights, row, parts, normalizer):
     """Write the averaged actor, with what it scored, and the state from which a run goes on."""
     metadata = {"update": str(number), **{name: f"{row[name]:.1f}" for name in ("eval_mean", "eval_std")}}
     run_files.write_file(output / "teacher.safetensors", save(weights, metadata))
     state = {name: part.state_dict() for name, part in parts.items()}
-    run_files.save_state(output / "teacher_state.pt", state | {"update": number, "seconds": row["seconds"]})
+    state |= {"normalizer": vars(normalizer), "update": number, "seconds": row["seconds"]}
+    run_files.save_state(output / "teacher_state.pt", state)
 
 
 def main():
@@ -305,12 +306,13 @@ def main():
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=LEARNING_RATE, eps=1e-5)
     normalizer = ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)
     average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "normalizer": normalizer, "average": average}
+    parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "average": average}
     first = 1
     if RESUME:
         state = run_files.load_state(output / "teacher_state.pt")
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        vars(normalizer).update(state["normalizer"])
         first, began = state["update"] + 1, began - state["seconds"]
     print(
         f"{TOTAL_UPDATES} updates, 25 to 60 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
@@ -339,7 +341,7 @@ def main():
             row["seconds"] = time.time() - began
             log.write(row)
             if evaluated:
-                save_teacher(output, number, weights, row, parts)
+                save_teacher(output, number, weights, row, parts, normalizer)
     print(f"wrote {OUTPUT_DIR}/teacher.safetensors; next: python collect_captions.py")
 
 
