@@ -1,7 +1,7 @@
 """Drive a fixed set of tracks with any driver and write what it scored.
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
-words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>.json and, if asked, a video.
+words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json and, if asked, a video.
 The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 2 to 7 minutes on two CPU cores
@@ -220,12 +220,13 @@ def main():
         "seeds": [*tracks],
     }
     facts |= summary | run_files.run_facts() | {"seconds": round(time.time() - began, 1)} | lists
-    run_files.write_json(results_dir / f"eval_{DRIVER}.json", facts)
+    name = "_".join([DRIVER, str(FIRST_TRACK), *instructions.without_marks(INSTRUCTION).split()])
+    run_files.write_json(results_dir / f"eval_{name}.json", facts)
     print("{mean:.1f} ± {std:.1f}, min {min:.0f}, {laps_finished_percent:.0f} % laps".format(**summary))
-    print(f"wrote {RESULTS_DIR}/eval_{DRIVER}.json")
+    print(f"wrote {RESULTS_DIR}/eval_{name}.json")
     if VIDEO:
-        film.record_video(driver, tracks[0], results_dir / f"video_{DRIVER}.mp4", HEAT_MAP)
-        print(f"wrote {RESULTS_DIR}/video_{DRIVER}.mp4")
+        film.record_video(driver, tracks[0], results_dir / f"video_{name}.mp4", HEAT_MAP)
+        print(f"wrote {RESULTS_DIR}/video_{name}.mp4")
     if WATCH:
         film.watch(driver, tracks[0], HEAT_MAP)
     print("next: another DRIVER or FIRST_TRACK here, or a policy as DRIVER in collect_captions.py")

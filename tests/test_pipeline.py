@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_is_neither_saved_nor_resumed_from(pipeline, t
 
 def test_the_saved_policy_scores_the_same(pipeline):
     """From its files alone, one environment at a time; and the file of the evaluation says so."""
-    facts, policy = read_json(pipeline.results / "eval_policy.json"), pipeline.results / "policy"
+    facts, policy = read_json(pipeline.results / "eval_policy_100000.json"), pipeline.results / "policy"
     driver = pipeline.evaluate.Policy(GitText2ActionWithPrompt.from_policy(policy))
     again = pipeline.evaluate.evaluate(driver, [100_000, 100_001], 1, progress=False)
     assert [round(r["return"], 2) for r in again] == facts["returns"] and facts["seeds"] == [100_000, 100_001]
