@@ -290,9 +290,10 @@ class GitText2ActionWithPrompt(nn.Module):
         p = answer_log_probs.exp()
         return self.language_prior * torch.log((1 - self.prior_floor) * p + self.prior_floor / p.shape[-1])
 
-    def draw_dropout(self, batch_size):
+    def draw_dropout(self, batch_size, generator=None):
         """Dropout masks for `head`: 0 with probability p = `dropout`, else 1 / (1 - p), float32 (B, head_size)."""
-        return F.dropout(torch.ones(batch_size, self.head_size, device=self.device), self.dropout)
+        kept = torch.rand(batch_size, self.head_size, device=self.device, generator=generator) >= self.dropout
+        return kept / (1 - self.dropout)
 
     def forward(self, frames, instructions=""):
         """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,)."""

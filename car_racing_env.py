@@ -89,7 +89,8 @@ class TrainingRewards(gym.Wrapper):
 
     Track seeds are drawn below TRAIN_TRACKS from the wrapper's own generator `rng`, so that a logged `track_seed` replays
     its track. The early stop is a termination with a penalty, never a truncation. When an episode ends, `info["episode_summary"]`
-    holds its true `return`, its `length` in frames, `end` ("lap", "field", "time", "grass") and `track_seed`.
+    holds its true `return`, its `length` in frames, `end` ("lap", "field", "time", "grass"), `track_seed` and `told`, whether
+    it was under instructions.
     Around `Instructed` it pays for what was told.
     """
 
@@ -130,6 +131,7 @@ class TrainingRewards(gym.Wrapper):
                 "length": self._frames() - self.frames_before,
                 "end": end,
                 "track_seed": self.track_seed,
+                "told": int(self.instructed),
             }
         return obs, reward, terminated, truncated, info
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
 INSTRUCTION = ""  # in force for the whole drive: "Keep left."; the teacher takes a name of instructions.py: "left"
 FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,200-100,299 held out, 201,000-201,099 test
 NUM_TRACKS = 100
-NUM_ENVS = 10  # simulated side by side, each in a process of its own
+NUM_ENVS = 10  # simulated side by side
+NUM_WORKERS = 2  # processes that share them, and threads that ask the driver
 # one thread: two are 3 % faster on idle cores, but wait for each other on busy ones and lose a factor of five
 TORCH_THREADS = 1
 MODEL = "lora_git_caption_model_carllava"  # for "answers": an adapter or a base
@@ -134,39 +136,53 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=
     """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
     `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only for
-    environments that still drive.
+    environments that still drive, by NUM_WORKERS threads, each for a share of the tracks.
     """
-    waiting = collections.deque(tracks)
-    num_envs = min(num_envs, len(waiting))
-    current = [waiting.popleft() for _ in range(num_envs)]
-    driving, returns, results = np.ones(num_envs, dtype=bool), np.zeros(num_envs), {}
-    envs = processes.Simulators([functools.partial(make_evaluation_env, frame_skip)] * num_envs, "DISABLED")
+    tracks = list(tracks)
+    num_workers = min(NUM_WORKERS, num_envs, len(tracks))
+    shares = [tracks[i::num_workers] for i in range(num_workers)]
     bar = tqdm(total=len(tracks), unit="track", disable=not progress, leave=False)
-    with contextlib.closing(envs), bar:
-        obs, infos = envs.reset(seed=current)
-        while driving.any():
-            actions = np.zeros(num_envs, dtype=np.int64)
-            actions[driving] = driver(obs[driving], {"state": infos["state"][driving]})
-            obs, rewards, terminated, truncated, infos = envs.step(actions)
-            returns += rewards
-            done = terminated | truncated
-            if not done.any():
-                continue
-            for i in np.flatnonzero(done & driving):
-                lap_finished = bool(infos.get("lap_finished", np.zeros(num_envs))[i])
-                end = episode_end(terminated[i], truncated[i], {"lap_finished": lap_finished})
-                results[current[i]] = {"track_seed": current[i], "return": float(returns[i]), "end": end}
-                bar.update()
-                bar.set_postfix(mean=f"{np.mean([r['return'] for r in results.values()]):.1f}")
-                driving[i] = bool(waiting)
-                current[i] = (
-                    waiting.popleft() if waiting else current[i]
-                )  # without a track left it idles on its last one
-                returns[i] = 0.0
-            seeds = [track if ended else None for track, ended in zip(current, done)]
-            obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
-            infos["state"][done] = reset_infos["state"][done]
-    return [results[track] for track in tracks]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+        workers, scores = [], {}
+        for share in shares:
+            makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs // num_workers, len(share))
+            workers.append(stack.enter_context(contextlib.closing(processes.Simulators(makers, "DISABLED"))))
+        stack.enter_context(bar)
+
+        def report(result):
+            scores[result["track_seed"]] = result
+            bar.update()
+            bar.set_postfix(mean=f"{np.mean([r['return'] for r in [*scores.values()]]):.1f}")
+
+        for _ in pool.map(functools.partial(drive_all, driver, report), workers, shares):
+            pass
+    return [scores[track] for track in tracks]
+
+
+def drive_all(driver, report, envs, tracks):
+    """Drive each of `tracks` once in the environments of one worker, and `report` each result."""
+    waiting, num_envs = collections.deque(tracks), envs.num_envs
+    current = [waiting.popleft() for _ in range(num_envs)]
+    driving, returns = np.ones(num_envs, dtype=bool), np.zeros(num_envs)
+    obs, infos = envs.reset(seed=current)
+    while driving.any():
+        actions = np.zeros(num_envs, dtype=np.int64)
+        actions[driving] = driver(obs[driving], {"state": infos["state"][driving]})
+        obs, rewards, terminated, truncated, infos = envs.step(actions)
+        returns += rewards
+        done = terminated | truncated
+        if not done.any():
+            continue
+        for i in np.flatnonzero(done & driving):
+            lap_finished = bool(infos.get("lap_finished", np.zeros(num_envs))[i])
+            end = episode_end(terminated[i], truncated[i], {"lap_finished": lap_finished})
+            report({"track_seed": current[i], "return": float(returns[i]), "end": end})
+            driving[i], returns[i] = bool(waiting), 0.0
+            current[i] = waiting.popleft() if waiting else current[i]  # without one left it idles on its last one
+        seeds = [track if ended else None for track, ended in zip(current, done)]
+        obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
+        infos["state"][done] = reset_infos["state"][done]
 
 
 def summarize(results):

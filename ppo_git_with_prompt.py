@@ -14,6 +14,7 @@ scaled; rewards weigh mistakes against haste as the task does; a running average
 import contextlib
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ MODEL = "lora_git_caption_model_carllava"  # the adapter of stage 2, or a base t
 RESULTS_DIR = "results"
 RESUME = False  # continue from RESULTS_DIR/state.pt
 
-NUM_ENVS = 8  # simulators, each in a process of its own
-TORCH_THREADS = 1  # two are a sixth faster on idle cores and several times slower on busy ones
+NUM_ENVS = 8  # simulators
+NUM_WORKERS = 2  # processes that share them; each has a thread here, whose model runs while another one's cars drive
+TORCH_THREADS = 1  # of the model, for each of these; the update has no others to wait for
 NUM_STEPS = 512  # decisions per environment and update
 INSTRUCTED_SHARE = 0.5  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
 CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop
@@ -131,13 +133,18 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
+@contextlib.contextmanager
 def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0):
-    """The training environments, each in a process of its own; start them before torch starts its threads."""
+    """The training environments, as a list of `Simulators`; start them before torch starts its threads."""
     instructed = {"draw_instruction": instructions.draw, "change": CHANGE, "thrown": THROWN}
     make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
     settings = [instructed if i < INSTRUCTED_SHARE * num_envs else {} for i in range(num_envs)]
     makers = [functools.partial(make, seed * 10_000 + rank * num_envs + i, **x) for i, x in enumerate(settings)]
-    return processes.Simulators(makers, "SAME_STEP")
+    with contextlib.ExitStack() as stack:
+        workers = [processes.Simulators(makers[i::NUM_WORKERS], "SAME_STEP") for i in range(min(NUM_WORKERS, num_envs))]
+        for envs in workers:
+            stack.callback(envs.close)
+        yield workers
 
 
 def observe(frames, infos):
@@ -146,8 +153,8 @@ def observe(frames, infos):
 
 
 @torch.no_grad()
-def rollout(envs, obs, model, num_steps):
-    """`num_steps` decisions in every environment, from `obs` on, which is what `observe` returns.
+def rollout(envs, obs, generator, model, num_steps):
+    """`num_steps` decisions in every environment, drawn by `generator`, from `obs` on, which is what `observe` returns.
 
     Returns the next `obs`, a dict of tensors (T, N, ...), the finished episodes as pairs `(decision, facts)`, and what
     was told and whether it was done as pairs `(kind, obeyed)`; kind is None or "" where nothing was.
@@ -155,10 +162,10 @@ def rollout(envs, obs, model, num_steps):
     steps, sentences, followed, episodes, obedience = [], [], {}, [], []
     for t in range(num_steps):
         features, answer_log_probs = model.encode(*obs)
-        dropout = model.draw_dropout(envs.num_envs)
+        dropout = model.draw_dropout(envs.num_envs, generator)
         logits, value = model.head(features, answer_log_probs, dropout)
         log_probs = logits.log_softmax(-1)
-        action = torch.multinomial(log_probs.exp(), 1)[:, 0]
+        action = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
         step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
         step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
         if model.trains_lora:  # its features change: what they are made of is kept
@@ -177,13 +184,23 @@ def rollout(envs, obs, model, num_steps):
             followed[t, i] = model(last_frame[None], told[i])[1][0]
         for i in np.flatnonzero(ended):
             facts = {name: x[i] for name, x in infos["final_info"]["episode_summary"].items() if name[0] != "_"}
-            episodes.append((t, facts | {"told": int(i < INSTRUCTED_SHARE * envs.num_envs)}))
+            episodes.append((t, facts))
     data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     data["instructions"] = np.array(sentences, dtype=object)
     data["next_value"] = (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
     for step, value in followed.items():
         data["next_value"][step] = value
     return obs, data, episodes, obedience
+
+
+def rollouts(workers, observations, generators, model, num_steps):
+    """A `rollout` for each of `workers`, each in a thread; returns the list of the next `obs`, and the rest joined."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        each = pool.map(functools.partial(rollout, model=model, num_steps=num_steps), workers, observations, generators)
+        observations, parts, episodes, obedience = zip(*each)
+    sentences = np.concatenate([part.pop("instructions") for part in parts], 1)
+    data = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    return observations, data | {"instructions": sentences}, sum(episodes, []), sum(obedience, [])
 
 
 def normalize_rewards(normalizer, reward, done, accelerator):
@@ -249,14 +266,16 @@ def make_optimizer(model):
 
 
 def train(
-    model, envs, accelerator, state=None, *, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
+    model, workers, accelerator, state=None, *, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
     gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
 ):  # fmt: skip
-    """Train `model` in `envs`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
+    """Train `model` in the environments of `workers`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
 
     Episodes are pairs `(decision, facts)`; another call goes on from `state` (its tensors are live: save or copy it).
     """
-    optimizer, normalizer = make_optimizer(model), ReturnNormalizer(accelerator.num_processes * envs.num_envs, gamma)
+    num_envs = accelerator.num_processes * sum(envs.num_envs for envs in workers)
+    optimizer, normalizer = make_optimizer(model), ReturnNormalizer(num_envs, gamma)
+    generators = [torch.Generator(model.device).manual_seed(torch.randint(2**62, ()).item()) for _ in workers]
     average = {name: p.clone() for name, p in model.trained_parameters().items()}
     if state:
         model.load_trained(state["model"], "state.pt")
@@ -265,11 +284,16 @@ def train(
         vars(normalizer).update(state["normalizer"])
         own = state["processes"][accelerator.process_index]
         processes.set_rng_state(own["rng"], model.device)
-        envs.set_attr("resume_from", own["episodes"])
-    obs = observe(*envs.reset())
+        for envs, generator, episodes, drawn in zip(
+            workers, generators, own["episodes"], own["generators"], strict=True
+        ):
+            envs.set_attr("resume_from", episodes)
+            generator.set_state(drawn)
+    observations = [observe(*envs.reset()) for envs in workers]
 
     def saved_state(number):
-        own = {"rng": processes.rng_state(model.device), "episodes": envs.call("snapshot")}
+        own = {"rng": processes.rng_state(model.device), "generators": [drawn.get_state() for drawn in generators]}
+        own["episodes"] = [list(envs.call("snapshot")) for envs in workers]
         state = {"update": number, "model": model.trained_parameters(), "average": average}
         state |= {"optimizer": optimizer.state_dict(), "normalizer": vars(normalizer)}
         return state | {"processes": gather_object([own])}
@@ -281,7 +305,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - 0.9 * (number - 1) / max(1, total_updates - 1))
 
-        obs, data, episodes, obedience = rollout(envs, obs, model, num_steps)
+        observations, data, episodes, obedience = rollouts(workers, observations, generators, model, num_steps)
         rollout_seconds = time.time() - began
         if normalize_return:
             data["reward"] = normalize_rewards(normalizer, data["reward"], data["done"], accelerator)
@@ -306,7 +330,7 @@ def main():
     if min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
         raise checks.BadInput(f"EVAL_TRACKS = {EVAL_TRACKS}: validation tracks start at {car_racing_env.TRAIN_TRACKS}")
     with contextlib.ExitStack() as stack:
-        envs = stack.enter_context(contextlib.closing(make_envs(SEED, NUM_ENVS, rank=rank)))
+        workers = stack.enter_context(make_envs(SEED, rank=rank))
         torch.set_num_threads(TORCH_THREADS)
         accelerator = processes.make_accelerator(model_file.device())
         stack.callback(accelerator.end_training)
@@ -328,7 +352,7 @@ def main():
         evaluate_at = {TOTAL_UPDATES, *(TOTAL_UPDATES * i // EVALUATIONS for i in range(EVALUATIONS))}
         bar = tqdm(total=TOTAL_UPDATES, initial=state["update"] if state else 0, unit="update", disable=rank > 0)
         stack.enter_context(bar)  # an error begins a line of its own
-        for number, episodes, diagnostics, new_state in train(model, envs, accelerator, state):
+        for number, episodes, diagnostics, new_state in train(model, workers, accelerator, state):
             if rank:  # the first process keeps the books
                 continue
             now = {"update": number, "env_frames": number * frames_per_update}

@@ -6,7 +6,6 @@ At the end it prints `table()`. The frames, the discount per frame and the frame
     python -m benchmarks.ablations      # 7 minutes a run on two CPU cores
 """
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -51,7 +50,7 @@ def run(changes, seed):
         "total_updates": round(FRAMES / (ppo.NUM_ENVS * num_steps * skip)),
     }
     rewards = dataclasses.replace(REWARDS, **changes.get("rewards", {}))
-    with contextlib.closing(ppo.make_envs(seed, rewards=rewards, frame_skip=skip)) as envs:
+    with ppo.make_envs(seed, rewards=rewards, frame_skip=skip) as envs:
         torch.set_num_threads(ppo.TORCH_THREADS)
         torch.manual_seed(seed)
         model = GitText2ActionWithPrompt.from_pretrained(changes.get("model", ppo.MODEL), **changes.get("head", {}))

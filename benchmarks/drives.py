@@ -1,7 +1,9 @@
 """Drives that are measured: what the car did, decision by decision, told something or turned round in mid-drive."""
 
 import contextlib
+import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -39,15 +41,30 @@ def make_probe(angle, when):
 def drive(driver, tracks, decisions, says, angles=None, when=0):
     """One drive on each of the N `tracks`, side by side; returns a dict of arrays (decisions, N).
 
-    `says` maps decisions to what the driver is told from then on, one for all or a list with one for each; it begins as it
-    is and is left so. Cars are turned by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units
-    per second, `offset` in units, `on_road`, `driving` (False once the episode has ended) and `left_field` (True from when
-    it ended there on).
+    `says` maps decisions to what the driver is told from then on, one for all or a list with one for each. Cars are turned
+    by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units per second, `offset` in units,
+    `on_road`, `driving` (False once the episode has ended) and `left_field` (True from when it ended there on).
     """
-    angles, plain = [0.0] * len(tracks) if angles is None else angles, driver.told
-    envs = processes.Simulators([functools.partial(make_probe, angle, when) for angle in angles], "DISABLED")
+    angles = [0.0] * len(tracks) if angles is None else angles
+
+    def share(first):
+        told = {decision: x[first::2] if isinstance(x, list) else x for decision, x in says.items()}
+        return drive_all(copy.copy(driver), tracks[first::2], decisions, told, angles[first::2], when)
+
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(share, range(min(2, len(tracks)))))
+    results = {name: np.empty((decisions, len(tracks)), x.dtype) for name, x in halves[0].items()}
+    for name, result in results.items():
+        for first, half in enumerate(halves):
+            result[:, first::2] = half[name]
+    return results
+
+
+def drive_all(driver, tracks, decisions, says, angles, when):
+    """`drive` in one process; `driver` is told, and changed by it."""
+    makers = [functools.partial(make_probe, angle, when) for angle in angles]
     rows, driving, left_field = [], np.ones(len(tracks), dtype=bool), np.zeros(len(tracks), dtype=bool)
-    with contextlib.closing(envs):
+    with contextlib.closing(processes.Simulators(makers, "DISABLED")) as envs:
         frames, infos = envs.reset(seed=list(tracks))
         for decision in range(decisions):
             driver.told = says.get(decision, driver.told)
@@ -62,7 +79,6 @@ def drive(driver, tracks, decisions, says, angles=None, when=0):
                 seeds = [track if ended else None for track, ended in zip(tracks, done)]
                 frames, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
                 infos["state"][done] = reset_infos["state"][done]
-    driver.told = plain
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

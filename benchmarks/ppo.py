@@ -8,7 +8,6 @@ Writes its claims to benchmarks/results.json.
     python -m benchmarks.ppo      # 6 minutes
 """
 
-import contextlib
 import multiprocessing
 import threading
 import time
@@ -29,7 +28,7 @@ DECISIONS = UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS
 
 def run_ours(pipe):
     """Sends decisions per second, and the share of the time that the updates take rather than the rollouts."""
-    with contextlib.closing(ppo.make_envs(ppo.SEED)) as envs:
+    with ppo.make_envs(ppo.SEED) as envs:
         torch.set_num_threads(ppo.TORCH_THREADS)
         torch.manual_seed(ppo.SEED)
         model = model_file.GitText2ActionWithPrompt.from_pretrained(ppo.MODEL)

@@ -5,7 +5,6 @@ Runs `rollout` of ppo_git_with_prompt.py itself. Writes benchmarks/scaling.json 
     python -m benchmarks.scaling      # 6 minutes
 """
 
-import contextlib
 import copy
 import time
 from pathlib import Path
@@ -42,10 +41,12 @@ class Timed(GitText2ActionWithPrompt):
 def decisions_per_second(model, num_envs):
     """Of `rollout`, and how much of the time the model's passes take."""
     num_steps = max(8, DECISIONS // num_envs)
-    with contextlib.closing(ppo.make_envs(0, num_envs)) as envs:
-        obs, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, num_steps)  # to warm up
+    with ppo.make_envs(0, num_envs) as workers:
+        generators = [torch.Generator(model.device) for _ in workers]
+        observations = [ppo.observe(*envs.reset()) for envs in workers]
+        observations, *_ = ppo.rollouts(workers, observations, generators, model, num_steps)  # to warm up
         model.seconds, began = 0.0, time.perf_counter()
-        ppo.rollout(envs, obs, model, num_steps)
+        ppo.rollouts(workers, observations, generators, model, num_steps)
         total = time.perf_counter() - began
     return {
         "decisions_per_second": round(num_envs * num_steps / total, 1),

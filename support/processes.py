@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import functools
 import itertools
 import multiprocessing
 import os
@@ -65,13 +64,6 @@ def workers(num_workers):
             pool.shutdown(cancel_futures=True)
 
 
-def make_in_worker(make_env, parent):
-    """An environment in its worker process. `AsyncVectorEnv` makes one in the `parent` too, for its spaces."""
-    if os.getpid() != parent:
-        start_worker()
-    return make_env()
-
-
 @contextlib.contextmanager
 def one_line_if_lost():
     """Turn the loss of a simulator's process into BadInput."""
@@ -84,35 +76,53 @@ def one_line_if_lost():
         ) from None
 
 
-class Simulators(gym.vector.AsyncVectorEnv):
-    """Gymnasium's `AsyncVectorEnv`; the loss of a process is one line, and closing leaves none.
+def simulate(pipe, env_fns, autoreset):
+    """In a worker process: make environments, and do with them what comes through `pipe`, the calls of a vector environment."""
+    start_worker()
+    envs = gym.vector.SyncVectorEnv(env_fns, copy=False, autoreset_mode=gym.vector.AutoresetMode[autoreset])
+    while True:
+        name, args, kwargs = pipe.recv()
+        pipe.send(getattr(envs, name)(*args, **kwargs))
 
-    `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED".
+
+class Simulators:
+    """Some environments in one process, as Gymnasium's `SyncVectorEnv`; its loss is one line, and closing leaves none.
+
+    On few cores a process for each environment costs more than what it simulates. To use several cores have several of these,
+    each stepped by a thread. `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED".
     """
 
     def __init__(self, env_fns, autoreset):
-        super().__init__(
-            [functools.partial(make_in_worker, make, os.getpid()) for make in env_fns],
-            autoreset_mode=gym.vector.AutoresetMode[autoreset],
-        )
+        self.num_envs = len(env_fns)
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=simulate, args=(theirs, env_fns, autoreset))
+        self.process.start()
+        theirs.close()
 
-    def reset(self, *, seed=None, options=None):
+    def _request(self, name, *args, **kwargs):
         with one_line_if_lost():
-            return super().reset(seed=seed, options=options)
+            self.pipe.send((name, args, kwargs))
+            return self.pipe.recv()
 
-    def step_async(self, actions):
-        with one_line_if_lost():
-            super().step_async(actions)
+    def reset(self, **kwargs):
+        return self._request("reset", **kwargs)
 
-    def step_wait(self, timeout=None):
-        with one_line_if_lost():
-            return super().step_wait(timeout)
+    def step(self, actions):
+        return self._request("step", actions)
 
-    def close_extras(self, timeout=None, terminate=False):
-        # the workers have nothing to save, and SDL, which a live window opens, makes them deaf to a milder signal
-        for worker in self.processes:
-            worker.kill()
-            worker.join()
+    def call(self, name):
+        return self._request("call", name)
+
+    def get_attr(self, name):
+        return self._request("get_attr", name)
+
+    def set_attr(self, name, values):
+        return self._request("set_attr", name, values)
+
+    def close(self):
+        # it has nothing to save, and SDL, which a live window opens, makes it deaf to a milder signal
+        self.process.kill()
+        self.process.join()
 
 
 # several training processes, started by torchrun

@@ -72,10 +72,10 @@ def reinforce(root, base, resume=False, fault="", updates=8):
     toy = dict(TRAIN_LORA=True, CHANGE=0.1, THROWN=0.01, NUM_STEPS=24, MINIBATCH_SIZE=24, TOTAL_UPDATES=updates)
     ppo = toy_script(PPO, root, MODEL=str(base), RESUME=resume, **toy)
     faults = {
-        "rollout": (30, ppo, "to_simulator", die),  # between two decisions
+        "rollout": (60, ppo, "to_simulator", die),  # between two decisions
         "log": (2, run_files, "save_state", die),  # after the rows of the update, before its state
-        "worker": (30, ppo, "to_simulator", lambda: multiprocessing.active_children()[0].kill()),
-        "ctrl-c": (30, ppo, "to_simulator", press_ctrl_c),
+        "worker": (60, ppo, "to_simulator", lambda: multiprocessing.active_children()[0].kill()),
+        "ctrl-c": (60, ppo, "to_simulator", press_ctrl_c),
         "disk": (2, run_files, "save_state", fill_the_disk),
     }
     if fault:

@@ -112,7 +112,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
     randomize(toy_model, "_head.", "lora_B")
     says, num_steps, ended, cut = ("Stop.", "Stop.", "Keep left."), 10, [], 0
     envs = make_toys(says=says)
-    (following, _), data, episodes, _ = ppo.rollout(envs, ppo.observe(*envs.reset()), toy_model, num_steps)
+    (following, _), data, episodes, _ = ppo.rollout(envs, ppo.observe(*envs.reset()), None, toy_model, num_steps)
     for n, env in enumerate((Toy(0, 4, True, says=says), Toy(1, 3, False, says=says))):
         frame, info = env.reset()
         for t in range(num_steps):
@@ -130,7 +130,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
             assert (step["reward"], step["terminated"], step["done"]) == (reward, terminated, done)
             cut += done
             if terminated or truncated:
-                ended.append((t, info["episode_summary"] | {"told": n < 1}))
+                ended.append((t, info["episode_summary"]))
                 frame, info = env.reset()
         assert np.array_equal(following[n], frame)
     assert cut > len(ended)
@@ -140,11 +140,11 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(toy_model, lora):
 
 
 def make_batch(model, size=40):
-    """Decisions of a rollout in toys; of the actions 1 is the better one."""
+    """Decisions of a rollout in toys; of the actions 4 is the better one."""
     envs = make_toys()
-    _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), model, size // 2)
+    _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), None, model, size // 2)
     batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
-    return batch | {"advantage": (batch["action"] == 1).float(), "returns": torch.linspace(0, 1, size)}
+    return batch | {"advantage": (batch["action"] == 4).float(), "returns": torch.linspace(0, 1, size)}
 
 
 def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model):
@@ -156,10 +156,10 @@ def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model
         ppo.update(toy_model, optimizer, batch | {"dropout": toy_model.draw_dropout(40)}, make_accelerator())
     with pytest.raises(BadInput, match="LEARNING_RATE"):
         ppo.update(toy_model, optimizer, batch | {"returns": torch.full((40,), torch.nan)}, make_accelerator())
-    before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean()
+    before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 4].mean()
     diagnostics = ppo.update(toy_model, optimizer, batch, make_accelerator(), k_epochs=1)
     assert abs(diagnostics["approx_kl"]) < 1e-6 and diagnostics["clipfrac"] == 0
-    assert toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 1].mean() > before
+    assert toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 4].mean() > before
 
 
 def test_microbatches_add_up_to_the_minibatch(toy_model, script):
@@ -188,7 +188,7 @@ def run(toy_base):
     torch.manual_seed(0)
     model = GitText2ActionWithPrompt.from_pretrained(toy_base)
     model.add_lora(2, 4)
-    return train(model, make_toys())
+    return train(model, [make_toys()])
 
 
 def test_while_the_value_warms_up_nothing_else_moves(run):
@@ -214,7 +214,7 @@ def test_the_average_is_the_weighted_sum_of_all_updates(run):
 def test_the_first_value_loss_by_hand(toy_model):
     """Every action pays 2 and the value starts at 0, so the returns are known; nothing is normalised."""
     arguments = dict(total_updates=1, num_steps=3, k_epochs=1, normalize_return=False, gamma=0.5)
-    _, (_, _, diagnostics, _) = train(toy_model, make_toys((99, 99), pay=(2,) * 5), **arguments)
+    _, (_, _, diagnostics, _) = train(toy_model, [make_toys((99, 99), pay=(2,) * 5)], **arguments)
     decay = 0.5 * ppo.GAE_LAMBDA
     returns = 2 * np.array([1 + decay + decay**2, 1 + decay, 1])
     assert diagnostics["value_loss"] == pytest.approx(0.5 * np.square(returns).mean())

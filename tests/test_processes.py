@@ -51,19 +51,20 @@ def update(base, stored):
 def main(folder):
     """Under torchrun: an update on a share of a batch, two updates in simulators, and the second once more."""
     rank, _ = processes.join_torchrun()
-    first, second = (ppo.make_envs(0, num_envs=2, rank=rank) for _ in range(2))
+    stack = contextlib.ExitStack()
+    first, second = (stack.enter_context(ppo.make_envs(0, num_envs=2, rank=rank)) for _ in range(2))
     torch.set_num_threads(1)
 
-    def run(envs, state=None):
+    def run(workers, state=None):
         torch.manual_seed(rank)
         model = GitText2ActionWithPrompt.from_pretrained(f"{folder}/base")
-        with contextlib.closing(envs):
-            states = [new for *_, new in train(model, envs, state, total_updates=2, num_steps=5, k_epochs=1)]
-            return states, gather_object(envs.get_attr("track_seed"))
+        states = [new for *_, new in train(model, workers, state, total_updates=2, num_steps=5, k_epochs=1)]
+        return states, gather_object([seed for envs in workers for seed in envs.get_attr("track_seed")])
 
     updated = update(f"{folder}/base", torch.load(f"{folder}/batch.pt"))
     (_, before, after), tracks = run(first)
     result = {"updated": updated, "tracks": tracks, "state": after, "resumed": run(second, before)[0][0]}
+    stack.close()
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
     make_accelerator().end_training()
