@@ -143,11 +143,9 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=
     shares = [tracks[i::num_workers] for i in range(num_workers)]
     bar = tqdm(total=len(tracks), unit="track", disable=not progress, leave=False)
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        workers, scores = [], {}
-        for share in shares:
-            makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs // num_workers, len(share))
-            workers.append(stack.enter_context(contextlib.closing(processes.Simulators(makers, "DISABLED"))))
+        pool, scores = stack.enter_context(ThreadPoolExecutor(num_workers)), {}
+        makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs, len(tracks))
+        workers = stack.enter_context(processes.simulators(makers, "DISABLED", num_workers))
         stack.enter_context(bar)
 
         def report(result):

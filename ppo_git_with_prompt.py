@@ -133,18 +133,13 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-@contextlib.contextmanager
 def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0):
-    """The training environments, as a list of `Simulators`; start them before torch starts its threads."""
+    """A context with the training environments, a list of `Simulators`; enter it before torch starts its threads."""
     instructed = {"draw_instruction": instructions.draw, "change": CHANGE, "thrown": THROWN}
     make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
     settings = [instructed if i < INSTRUCTED_SHARE * num_envs else {} for i in range(num_envs)]
     makers = [functools.partial(make, seed * 10_000 + rank * num_envs + i, **x) for i, x in enumerate(settings)]
-    with contextlib.ExitStack() as stack:
-        workers = [processes.Simulators(makers[i::NUM_WORKERS], "SAME_STEP") for i in range(min(NUM_WORKERS, num_envs))]
-        for envs in workers:
-            stack.callback(envs.close)
-        yield workers
+    return processes.simulators(makers, "SAME_STEP", NUM_WORKERS)
 
 
 def observe(frames, infos):
@@ -269,7 +264,7 @@ def train(
     model, workers, accelerator, state=None, *, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
     gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
 ):  # fmt: skip
-    """Train `model` in the environments of `workers`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
+    """Train `model`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
 
     Episodes are pairs `(decision, facts)`; another call goes on from `state` (its tensors are live: save or copy it).
     """
@@ -284,16 +279,14 @@ def train(
         vars(normalizer).update(state["normalizer"])
         own = state["processes"][accelerator.process_index]
         processes.set_rng_state(own["rng"], model.device)
-        for envs, generator, episodes, drawn in zip(
-            workers, generators, own["episodes"], own["generators"], strict=True
-        ):
+        for envs, generator, (episodes, drawn) in zip(workers, generators, own["workers"], strict=True):
             envs.set_attr("resume_from", episodes)
             generator.set_state(drawn)
     observations = [observe(*envs.reset()) for envs in workers]
 
     def saved_state(number):
-        own = {"rng": processes.rng_state(model.device), "generators": [drawn.get_state() for drawn in generators]}
-        own["episodes"] = [list(envs.call("snapshot")) for envs in workers]
+        own = {"rng": processes.rng_state(model.device)}
+        own["workers"] = [[list(envs.call("snapshot")), x.get_state()] for envs, x in zip(workers, generators)]
         state = {"update": number, "model": model.trained_parameters(), "average": average}
         state |= {"optimizer": optimizer.state_dict(), "normalizer": vars(normalizer)}
         return state | {"processes": gather_object([own])}

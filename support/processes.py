@@ -125,6 +125,14 @@ class Simulators:
         self.process.join()
 
 
+@contextlib.contextmanager
+def simulators(env_fns, autoreset, num_workers):
+    """Environments dealt out to at most `num_workers` processes, as a list of `Simulators`, which are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        shares = [env_fns[i::num_workers] for i in range(min(num_workers, len(env_fns)))]
+        yield [stack.enter_context(contextlib.closing(Simulators(share, autoreset))) for share in shares]
+
+
 # several training processes, started by torchrun
 
 
