@@ -253,11 +253,11 @@ class GitText2ActionWithPrompt(nn.Module):
 
         `state` is that of a pass already made. A LoRA that PPO trains makes a pass of its own and gets gradients.
         """
-        if self.trains_lora or state is None:
-            weights = (
-                git_forward.collect(self.base, self.processor.image_processor) if self.trains_lora else self.weights
-            )
+        if self.trains_lora:
+            weights = git_forward.collect(self.base, self.processor.image_processor)
             state = self.read(weights, frames, instructions)[:, 0]
+        elif state is None:
+            state = self.read(self.weights, frames, instructions)[:, 0]
         return state  # another input of the heads is joined here; feature_size counts it
 
     @torch.no_grad()

@@ -47,8 +47,8 @@ class Captions(torch.utils.data.Dataset):
 def draw_texts(row, reworded=0.0, wishes=0.0):
     """The texts that one frame is read with in training, as (instruction, question, answer).
 
-    The plain question, the question under the frame's first instruction, which is the driver's if it had one, and under another one, and a question about
-    the scene or, in a share `wishes` of the frames, about the instruction; as far as stage 1 gave the frame any. A share
+    The plain question, the question under the frame's first instruction (the driver's, if it had one) and under another one,
+    and a question about the scene or, in a share `wishes` of the frames, about the instruction; as far as stage 1 gave the frame any. A share
     `reworded` of the plain questions, and half of it of those under an instruction, are in other words.
     """
 

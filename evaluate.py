@@ -10,7 +10,9 @@ The task is the plain one: no training rewards, no early stop, 1000 frames at mo
 import collections
 import contextlib
 import functools
+import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,15 +47,15 @@ SEED = 0  # of the random driver
 
 
 class Random:
-    """Uniformly random actions, whatever it is told."""
+    """Random actions, whatever it is told: drawn from the state, so that they are the same in any thread and company."""
 
     told = ""
 
     def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
+        self.seed = seed
 
     def __call__(self, frames, infos):
-        return self.rng.integers(5, size=len(frames))
+        return np.array([zlib.crc32(state.tobytes(), self.seed) % 5 for state in infos["state"]])
 
 
 class Teacher:
@@ -74,14 +76,16 @@ class Answers:
 
     def __init__(self, model, told=""):
         self.model, self.told, self.words, self.unparsable = model, told, 0, 0
+        self.counting = threading.Lock()  # threads share a driver
 
     def __call__(self, frames, infos):
         return self.act(self.model.answer(frames, self.told))
 
     def act(self, texts):
         """The simulator's actions for generated words."""
-        self.words += len(texts)
-        self.unparsable += sum(text not in ANSWERS for text in texts)
+        with self.counting:
+            self.words += len(texts)
+            self.unparsable += sum(text not in ANSWERS for text in texts)
         return np.array([ANSWERS.get(text, 0) for text in texts])
 
     def explain(self, frames):
@@ -153,8 +157,7 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=
             bar.update()
             bar.set_postfix(mean=f"{np.mean([r['return'] for r in [*scores.values()]]):.1f}")
 
-        for _ in pool.map(functools.partial(drive_all, driver, report), workers, shares):
-            pass
+        list(pool.map(functools.partial(drive_all, driver, report), workers, shares))
     return [scores[track] for track in tracks]
 
 

@@ -43,9 +43,9 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: with probability `at_start` at once, later with `chance` per decision.
 
-    Sped up to more than the teacher ever drives (a share `sped_up` of the throws), or turned by any angle and, half of the time, put anywhere across road and
-    verge; its velocity then turns along, stays as it was (the car slides), or is a new one. Draws come from the episode's
-    seed; `info["thrown"]` says when it was turned: what a car that was only sped up does is its driver's doing.
+    In a share `sped_up` of the throws it is made faster than the teacher ever drives. In the others it is turned by any angle
+    and, half of the time, put anywhere across road and verge; its velocity then turns along, stays as it was (the car
+    slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it was turned.
     """
 
     def __init__(self, env, at_start=0.0, chance=0.0, sped_up=SPED_UP):
@@ -54,9 +54,8 @@ class Throws(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self.rng = np.random.default_rng(
-            None if seed is None else [seed, 1]
-        )  # not the stream of the track, of instructions or of bursts
+        # not the stream of the track, of instructions or of bursts
+        self.rng = np.random.default_rng(None if seed is None else [seed, 1])
         self.due = self.rng.random() < self.at_start
         return obs, info
 

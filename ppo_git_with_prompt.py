@@ -38,7 +38,7 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 
 NUM_ENVS = 8  # simulators
 NUM_WORKERS = 2  # processes that share them; each has a thread here, whose model runs while another one's cars drive
-TORCH_THREADS = 1  # of the model, for each of these; the update has no others to wait for
+TORCH_THREADS = 1  # each of these threads computes with as many
 NUM_STEPS = 512  # decisions per environment and update
 INSTRUCTED_SHARE = 0.5  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
 CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
 
+import evaluate
 from car_racing_env import FPS, FRAME_SKIP, make_env
 from road import move_car, read_state
 from support import processes
@@ -48,15 +49,16 @@ def drive(driver, tracks, decisions, says, angles=None, when=0):
     angles = [0.0] * len(tracks) if angles is None else angles
 
     def share(first):
-        told = {decision: x[first::2] if isinstance(x, list) else x for decision, x in says.items()}
-        return drive_all(copy.copy(driver), tracks[first::2], decisions, told, angles[first::2], when)
+        told = {decision: x[first::workers] if isinstance(x, list) else x for decision, x in says.items()}
+        return drive_all(copy.copy(driver), tracks[first::workers], decisions, told, angles[first::workers], when)
 
-    with ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(share, range(min(2, len(tracks)))))
-    results = {name: np.empty((decisions, len(tracks)), x.dtype) for name, x in halves[0].items()}
+    workers = min(evaluate.NUM_WORKERS, len(tracks))
+    with ThreadPoolExecutor(workers) as pool:
+        shares = list(pool.map(share, range(workers)))
+    results = {name: np.empty((decisions, len(tracks)), x.dtype) for name, x in shares[0].items()}
     for name, result in results.items():
-        for first, half in enumerate(halves):
-            result[:, first::2] = half[name]
+        for first, part in enumerate(shares):
+            result[:, first::workers] = part[name]
     return results
 
 

@@ -75,15 +75,8 @@ def compare_forward(name, git, model, frames, times, **note):
     theirs = tutorial_forward(git, model.processor, frames, prompt_ids(model.processor.tokenizer))
     difference = (model.encode(frames)[0] - theirs).abs().max().item()
     assert difference < 1e-5, f"{name}: outputs differ by {difference}"
-    peer = repeat(
-        times,
-        frames,
-        tutorial_forward,
-        git,
-        model.processor,
-        frames,
-        prompt_ids(model.processor.tokenizer) + model.shared_word,
-    )
+    prompt = prompt_ids(model.processor.tokenizer) + model.shared_word
+    peer = repeat(times, frames, tutorial_forward, git, model.processor, frames, prompt)
     ours = repeat(times, frames, model, frames)
     compare.alternate(name, "frame", peer, ours, largest_difference=difference, **note)
 
@@ -185,15 +178,8 @@ def compare_base_size():
     resized = np.stack([np.asarray(Image.fromarray(frame).resize((224, 224))) for frame in frames])
     compare_forward("policy forward, git-base size, 224 px, batch 1", git_224, model_224, resized[:1], 1)
     for batch in BATCHES:
-        peer = repeat(
-            1,
-            frames[:batch],
-            tutorial_forward,
-            git_224,
-            processor_224,
-            resized[:batch],
-            prompt_ids(model_96.processor.tokenizer),
-        )
+        prompt = prompt_ids(model_96.processor.tokenizer)
+        peer = repeat(1, frames[:batch], tutorial_forward, git_224, processor_224, resized[:batch], prompt)
         ours = repeat(1, frames[:batch], model_96, frames[:batch])
         name = f"policy forward, git-base size, batch {batch}: ours at 96 px vs the tutorial at 224 px"
         compare.alternate(name, "frame", peer, ours, note="another input, so not the same output")

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions: same workers, frame skip, evaluations.
+"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions: same frame skip, frames, evaluations.
 
 The environments are those in which nobody is told anything and no car is thrown about.
 
