@@ -45,7 +45,7 @@ CHANGE = 0.008  # chance per decision that it is told something else; three time
 THROWN = 0.001  # chance per decision, and at the start, of a throw (perturbations.py); a turned car is not charged
 TOTAL_UPDATES = 48  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
-MINIBATCH_SIZE = 256  # decisions of each process; a step is that of the union
+MINIBATCH_SIZE = 256  # decisions of each process; a step is that of the union; fewer for a large base that trains
 WARMUP_UPDATES = 3  # the value learns alone first: a policy that drives already has much to lose
 LEARNING_RATE = 3e-4  # falls linearly to a tenth; 5e-4 on a warm policy collapsed in one update
 VALUE_LEARNING_RATE = 1e-3
@@ -63,15 +63,13 @@ TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by 
 LORA_RANK = 8
 LORA_ALPHA = 16
 LORA_LEARNING_RATE = 1e-4
-MICROBATCH_SIZE = 128  # decisions per pass backward through the backbone; a minibatch's gradients add up
 
 EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
-VIDEO_EVERY = 200  # finished training episodes; and one after 10; 0: none but the last
-VIDEO_TRACK = 100_000
+VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
 # what a resumed run may change: none of it decides a number, but for the run's length
-MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY", "VIDEO_TRACK"}
+MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
 
 
 def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -198,13 +196,6 @@ def rollouts(workers, observations, generators, model, num_steps):
     return observations, data | {"instructions": sentences}, sum(episodes, []), sum(obedience, [])
 
 
-def normalize_rewards(normalizer, reward, done, accelerator):
-    """Rewards (T, N) of this process through the `ReturnNormalizer` that all processes' environments share."""
-    union = accelerator.gather(torch.stack([reward, done]).permute(2, 0, 1)).cpu()  # (processes * N, 2, T)
-    scaled = torch.stack([normalizer(*step) for step in union.permute(2, 1, 0)])
-    return scaled.chunk(accelerator.num_processes, 1)[accelerator.process_index].to(reward.device)
-
-
 def compute_loss(model, batch, mean_advantage, warming_up):
     """The loss of some stored decisions, and the terms it is made of; while warming up it is the value's alone."""
     learned = model.trains_lora and not warming_up
@@ -227,30 +218,20 @@ def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=F
     totals, steps, rounding = {}, 0, 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16 rounds by batch size
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
-            mean_advantage = accelerator.reduce(batch["advantage"][rows].mean(), "mean")
+            minibatch = {name: x[rows] for name, x in batch.items()}
+            mean_advantage = accelerator.reduce(minibatch["advantage"].mean(), "mean")
+            loss, terms = compute_loss(model, minibatch, mean_advantage, warming_up)
+            if not torch.isfinite(loss):
+                raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
+            assert steps or terms["approx_kl"] <= rounding, "the ratio is not 1 before the first step"
             optimizer.zero_grad()
-            for part in rows.split(MICROBATCH_SIZE if model.trains_lora else MINIBATCH_SIZE):
-                microbatch, share = {name: x[part] for name, x in batch.items()}, len(part) / len(rows)
-                loss, terms = compute_loss(model, microbatch, mean_advantage, warming_up)
-                if not torch.isfinite(loss):
-                    raise checks.BadInput("the PPO loss is not finite: lower LEARNING_RATE; the last policy is kept")
-                if steps == 0 and terms["approx_kl"] > rounding:
-                    raise RuntimeError("the policy ratio is not 1 before the first step: dropout or features differ")
-                (share * loss).backward()
-                totals = {name: totals.get(name, 0.0) + share * x.detach() for name, x in terms.items()}
+            loss.backward()
             processes.average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
+            totals = {name: totals.get(name, 0.0) + x.detach() for name, x in terms.items()}
             steps += 1
     return {name: x.item() / steps for name, x in accelerator.reduce(totals, "mean").items()}
-
-
-def load_model():
-    """The adapter's model with fresh heads, and a fresh LoRA if it trains."""
-    model = GitText2ActionWithPrompt.from_pretrained(MODEL)
-    if TRAIN_LORA:
-        model.add_lora(LORA_RANK, LORA_ALPHA)
-    return model
 
 
 def make_optimizer(model):
@@ -301,7 +282,7 @@ def train(
         observations, data, episodes, obedience = rollouts(workers, observations, generators, model, num_steps)
         rollout_seconds = time.time() - began
         if normalize_return:
-            data["reward"] = normalize_rewards(normalizer, data["reward"], data["done"], accelerator)
+            data["reward"] = processes.in_step(normalizer, accelerator, data["reward"], data["done"])
         transitions = (data[name] for name in ("reward", "value", "next_value", "terminated", "done"))
         data["advantage"], data["returns"] = compute_gae(*transitions, gamma, GAE_LAMBDA)
         batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
@@ -328,9 +309,11 @@ def main():
         accelerator = processes.make_accelerator(model_file.device())
         stack.callback(accelerator.end_training)
         torch.manual_seed(SEED)
-        model, averaged = load_model(), load_model()
-        if rank:
-            torch.manual_seed(SEED + rank)  # the same heads, other actions
+        model, averaged = (GitText2ActionWithPrompt.from_pretrained(MODEL) for _ in range(2))
+        for each in (model, averaged):
+            if TRAIN_LORA:
+                each.add_lora(LORA_RANK, LORA_ALPHA)
+        torch.manual_seed(SEED + rank)  # every process has the same heads, and acts by draws of its own
         facts = {"processes": world_size, "instructions": instructions.digest()} | model.source
         run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
         driver, state, episode = evaluate.Policy(averaged), None, 0
@@ -355,7 +338,7 @@ def main():
                 frame = now["env_frames"] - frames_per_update + (decision + 1) * frames_per_update // NUM_STEPS
                 logs.episode({"episode": episode, "update": number, "env_frames": frame} | info)
                 if VIDEO_EVERY and (episode == 10 or episode % VIDEO_EVERY == 0):
-                    film.record_video(driver, VIDEO_TRACK, results / f"video_episode_{episode}.mp4")
+                    film.record_video(driver, EVAL_TRACKS[0], results / f"video_episode_{episode}.mp4")
             if number:
                 logs.update(now | diagnostics)
                 bar.update()
@@ -369,8 +352,8 @@ def main():
                 averaged.save_policy(results / "policy", validation=summary)
             run_files.save_state(results / "state.pt", new_state | {"episode": episode})
         if rank == 0:
-            total = film.record_video(driver, VIDEO_TRACK, results / "video_final.mp4")
-            print(f"the policy on track {VIDEO_TRACK}: {total:.1f}; wrote {RESULTS_DIR}/; next: python evaluate.py")
+            total = film.record_video(driver, EVAL_TRACKS[0], results / "video_final.mp4")
+            print(f"the policy on track {EVAL_TRACKS[0]}: {total:.1f}; wrote {RESULTS_DIR}/; next: python evaluate.py")
 
 
 if __name__ == "__main__":

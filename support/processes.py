@@ -149,6 +149,16 @@ def make_accelerator(device):
     return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
 
 
+def in_step(function, accelerator, *columns):
+    """`function` of each time step of `columns`, tensors (T, N), called with those of all processes' environments together.
+
+    Returns what it says of this process's, (T, N).
+    """
+    together = accelerator.gather(torch.stack(columns).permute(2, 0, 1)).cpu()  # (processes * N, columns, T)
+    results = torch.stack([function(*step) for step in together.permute(2, 1, 0)])
+    return results.chunk(accelerator.num_processes, 1)[accelerator.process_index].to(columns[0].device)
+
+
 def average_gradients(parameters, accelerator):
     """Replace each gradient by its mean over the processes, all in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -152,7 +152,7 @@ def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model
     randomize(toy_model, "_head.")
     batch, heads = make_batch(toy_model), [p for n, p in toy_model.named_parameters() if "_head." in n]
     optimizer = torch.optim.Adam(heads, lr=1e-2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(AssertionError):
         ppo.update(toy_model, optimizer, batch | {"dropout": toy_model.draw_dropout(40)}, make_accelerator())
     with pytest.raises(BadInput, match="LEARNING_RATE"):
         ppo.update(toy_model, optimizer, batch | {"returns": torch.full((40,), torch.nan)}, make_accelerator())
@@ -162,18 +162,13 @@ def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model
     assert toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 4].mean() > before
 
 
-def test_microbatches_add_up_to_the_minibatch(toy_model, script):
+def test_a_lora_that_trains_learns_with_the_heads(toy_model):
     toy_model.add_lora(2, 4)
     randomize(toy_model, "lora_B", "_head.")
-    batch, start, results = make_batch(toy_model, 20), copy.deepcopy(toy_model.trained_parameters()), []
-    for size in (20, 7):
-        toy_model.load_trained(start, "the start")
-        lora = [p for n, p in toy_model.named_parameters() if "lora_" in n]
-        edited = script("ppo_git_with_prompt", MICROBATCH_SIZE=size)
-        edited.update(toy_model, torch.optim.SGD(lora, lr=1.0), batch, make_accelerator(), k_epochs=1)
-        results.append([p.detach().clone() for p in lora])
-    for before, p, q in zip((p for n, p in start.items() if "lora_" in n), *results):
-        assert not torch.equal(before, p) and torch.allclose(p, q, atol=1e-5)
+    before = copy.deepcopy(toy_model.trained_parameters())
+    optimizer = ppo.make_optimizer(toy_model)
+    ppo.update(toy_model, optimizer, make_batch(toy_model, 20), make_accelerator(), k_epochs=1)
+    assert not any(torch.equal(before[name], p) for name, p in toy_model.trained_parameters().items())
 
 
 def train(model, envs, state=None, **arguments):

@@ -44,7 +44,7 @@ def update(base, stored):
     for warming_up in (True, False):
         diagnostics = ppo.update(model, optimizer, batch, accelerator, warming_up=warming_up)
     rewards = stored["returns"].view(10, 4).chunk(count, 1)[index]
-    rewards = ppo.normalize_rewards(ppo.ReturnNormalizer(4, 0.98), rewards, (rewards > 0.9).float(), accelerator)
+    rewards = processes.in_step(ppo.ReturnNormalizer(4, 0.98), accelerator, rewards, (rewards > 0.9).float())
     return model.trained_parameters() | {"rewards": accelerator.gather(rewards.T.contiguous()).T}, diagnostics
 
 
