@@ -1,0 +1,195 @@
+"""Write the numbers of results/published/ and benchmarks/ into the tables of README.md and docs/; the tests ask that it changes none.
+
+Reads their files and the tables' first cells, which say what a row is about: a new row is a name typed there. Prose is not touched.
+
+    python -m offline.fill_tables      # a second
+"""
+
+import functools
+import re
+
+import numpy as np
+
+from benchmarks import ablations, obedience
+from support import checks, run_files
+from support.checks import read_json
+from support.run_files import ROOT, read_log
+
+PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SCORE = re.compile(r"\[[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json)\)(?:, laps \d+ %, min -?\d+)?")
+MEANS = re.compile(r"(\[eval_log\.csv\]\(\S+\)\): )\d+\.\d(?:[ \n]->[ \n]\d+\.\d)*")
+
+
+def score(facts):
+    return f"{facts['mean']:.1f} ± {facts['std']:.1f}"
+
+
+def percent(share):
+    return f"{100 * float(share):.1f} %"
+
+
+def fill(heading, cells, text):
+    """The page with new cells in the table whose first line begins with `heading`, if it has one.
+
+    `cells` returns those of a row, but for its first one, or None to leave it, from the number and the first cell of it.
+    """
+    start = text.find(heading)
+    if start < 0:
+        return text
+    end = text.find("\n\n", start)
+    lines = text[start:end].split("\n")
+    for i, line in enumerate(lines[2:]):
+        name = line.split("|")[1].strip()
+        new = cells(i, name)
+        lines[2 + i] = line if new is None else f"| {' | '.join([name, *new])} |"
+    return text[:start] + "\n".join(lines) + text[end:]
+
+
+def fill_scores(text):
+    """Every score that is a link to the file it comes from."""
+
+    def link(match):
+        facts, old = read_json(PUBLISHED / match[1]), match[0]
+        where = old[old.index("](") : old.index(")") + 1]
+        more = ", laps {laps_finished_percent:.0f} %, min {min:.0f}".format(**facts) if ", laps" in old else ""
+        return f"[{score(facts)}{where}{more}"
+
+    return SCORE.sub(link, text)
+
+
+def fill_training(text):
+    means = [float(row["mean"]) for row in read_log(PUBLISHED / "eval_log.csv") if row["driver"] == "policy"]
+    text = MEANS.sub(lambda match: match[1] + " -> ".join(f"{mean:.1f}" for mean in means), text)
+    logs = [PUBLISHED / "lora_log.csv", *sorted(PUBLISHED.glob("*_round/lora_log.csv"), key=round_number)]
+    epochs = [row for log in logs for row in read_log(log)[1:]]
+
+    def losses(i, name):
+        row = epochs[i]
+        return [*(f"{float(row[x]):.3f}" for x in ("average_loss", "validation_loss")), percent(row["exact_match"])]
+
+    return fill("| epoch |", losses, text)
+
+
+def round_number(log):
+    return ["second_round", "third_round", "fourth_round", "fifth_round"].index(log.parent.name)
+
+
+def fill_obedience(text):
+    measured = read_json(BENCHMARKS / "obedience.json")
+    rows = {
+        (driver, x["group"], x["instruction"]): x["obeyed"]
+        for driver in measured
+        for x in measured[driver]["rows"]
+        if "obeyed" in x
+    }
+    groups = {name: group for group, name in obedience.GROUPS.items()}
+    groups |= {"told nothing, judged as if told": "nothing"}
+    drivers = ("answers", "policy", "teacher")[: 3 if "| teacher |" in text else 2]
+
+    def means(i, name):
+        each = [[x for key, x in rows.items() if key[:2] == (driver, groups[name])] for driver in drivers]
+        return [percent(np.mean(obeyed)) if obeyed else "" for obeyed in each]
+
+    def shares(i, name):
+        new = (name not in obedience.CASES["taught"]) and "new"
+        columns = [(driver, group) for driver in ("answers", "policy") for group in ("taught", new or "held_out")]
+        columns += [("policy", "nothing"), ("teacher", new or "taught")]
+        return [percent(rows[*column, name]) if (*column, name) in rows else "" for column in columns]
+
+    return fill("| instruction |", shares, fill("| obeyed, share", means, text))
+
+
+def fill_contradictions(text):
+    rows = {
+        x["instruction"]: x
+        for x in read_json(BENCHMARKS / "obedience.json")["policy"]["rows"]
+        if x["group"] == "contradictory"
+    }
+
+    def obeyed(i, names):
+        row, pair = rows[names.replace(", ", " + ")], names.split(", ")
+        shares = [percent(row[f"obeyed_{name}"]) for name in pair]
+        return [*shares, f"{row['mean_speed']:.0f}", f"{row['mean_offset']:.1f}"]
+
+    return fill("| told | first obeyed", obeyed, text)
+
+
+def fill_learned(text):
+    """Exact answers by kind of instruction, in the last row of the last round's log."""
+    row = read_log(sorted(PUBLISHED.glob("*_round/lora_log.csv"), key=round_number)[-1])[-1]
+    return fill(
+        "| kind |", lambda i, kind: [percent(row[f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], text
+    )
+
+
+def fill_benchmarks(text):
+    recovery, prompts = (read_json(BENCHMARKS / f"{name}.json") for name in ("recovery", "prompts"))
+    shifts = list(read_json(BENCHMARKS / "shifts.json")["shifts"].values())
+    agreement = read_json(BENCHMARKS / "agreement.json")
+
+    def came_back(i, angles):
+        policy, teacher = (recovery[driver][angles.removeprefix("all of ")] for driver in ("policy", "teacher"))
+        return [str(policy["drives"]), *map(percent, (policy["came_back"], teacher["came_back"], policy["coasting"]))]
+
+    def lost(i, group):
+        rows = [prompts[driver]["groups"][group] for driver in ("answers", "policy")]
+        cells = [(f"{x['mean']:.1f}", f"{x['loss']:.1f} ± {x['loss_standard_error']:.1f}") for x in rows]
+        return [str(rows[0]["sentences"]), *cells[0], *cells[1]]
+
+    def agreed(i, answer):
+        rows = [agreement[when][answer] for when in ("before_ppo", "after_ppo")]
+        return [f"{rows[0]['decisions']:,}", *(percent(row["agreement"]) for row in rows)]
+
+    text = fill("| turned by", came_back, text)
+    text = fill("| asked |", lost, text)
+    text = fill("| picture |", lambda i, name: [score(shifts[i]["answers"]), score(shifts[i]["policy"])], text)
+    changed = "\n".join(f"| {change} | {count} |" for change, count in agreement["changes"].items())
+    text = re.sub(
+        r"(\| the model says -> the policy does \| decisions \|\n\|[-|]*\n)[^\n]*(?:\n\|[^\n]*)*", rf"\1{changed}", text
+    )
+    return fill("| the model says | decisions", agreed, text)
+
+
+def fill_page(text):
+    rows = [[*map(str, row.values())] for row in read_json(BENCHMARKS / "page.json")["together"]]
+    return fill("| visitors", lambda i, name: rows[i][1:], text)
+
+
+def fill_ablations(text):
+    start = text.find("| change | seed")
+    return text if start < 0 else text[:start] + ablations.table() + text[text.index("\n\n", start) :]
+
+
+def filled(text):
+    """A page's text with its tables filled anew."""
+    steps = (fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page)
+    return functools.reduce(lambda text, step: step(text), (*steps, fill_ablations, fill_scores_of_readme), text)
+
+
+def fill_scores_of_readme(text):
+    """Rows of docs/results.md without the links."""
+    if SCORE.search(text):
+        return text
+    rows = [line.split("|") for line in fill_scores((ROOT / "docs" / "results.md").read_text()).splitlines()]
+    plain = {
+        row[1].strip(): [re.sub(r"\[(.*?)\].*", r"\1", cell).strip() for cell in row[2:-1]]
+        for row in rows
+        if len(row) > 2
+    }
+    return fill("| driver | held out", lambda i, name: plain.get(name), text)
+
+
+def main():
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        if after != before:
+            run_files.write_file(page, after.encode())
+            print(
+                f"{page.relative_to(ROOT)}: {sum(a != b for a, b in zip(before.splitlines(), after.splitlines()))} lines"
+            )
+
+
+if __name__ == "__main__":
+    checks.run(main)
