@@ -7,19 +7,17 @@ At the end it prints `table()`. The frames, the discount per frame and the frame
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-import evaluate
-import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
+from benchmarks import runs
 from car_racing_env import FRAME_SKIP, REWARDS
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
-from support import checks, processes, run_files
+from support import checks, run_files
 
 OUTPUT = Path(__file__).parent / "ablations"
 SEEDS = (1, 2)
@@ -40,32 +38,20 @@ CHANGES = {  # name: what `run` changes
 }
 
 
+def load(changes):
+    """The model of one run, with fresh heads."""
+    model = GitText2ActionWithPrompt.from_pretrained(changes.get("model", ppo.MODEL), **changes.get("head", {}))
+    if changes.get("lora"):
+        model.add_lora(ppo.LORA_RANK, ppo.LORA_ALPHA)
+    return model
+
+
 def run(changes, seed):
-    """One PPO run; returns its settings and the scores of its last policy on TRACKS."""
-    skip = changes.get("frame_skip", FRAME_SKIP)
-    num_steps = ppo.NUM_STEPS * FRAME_SKIP // skip
-    schedule = {
-        "gamma": ppo.GAMMA ** (skip / FRAME_SKIP),
-        "num_steps": num_steps,
-        "total_updates": round(FRAMES / (ppo.NUM_ENVS * num_steps * skip)),
-    }
+    """One PPO run; returns its settings and the scores of its averaged policy on TRACKS."""
     rewards = dataclasses.replace(REWARDS, **changes.get("rewards", {}))
-    with ppo.make_envs(seed, rewards=rewards, frame_skip=skip) as envs:
-        torch.set_num_threads(ppo.TORCH_THREADS)
-        torch.manual_seed(seed)
-        model = GitText2ActionWithPrompt.from_pretrained(changes.get("model", ppo.MODEL), **changes.get("head", {}))
-        if changes.get("lora"):
-            model.add_lora(ppo.LORA_RANK, ppo.LORA_ALPHA)
-        torch.manual_seed(seed)
-        accelerator = processes.make_accelerator(model_file.device())
-        updates = ppo.train(model, envs, accelerator, **schedule, **changes.get("train", {}))
-        for _ in tqdm(updates, total=1 + schedule["total_updates"], unit="update"):
-            pass
-    torch.set_num_threads(evaluate.TORCH_THREADS)
-    scores = evaluate.evaluate(evaluate.Policy(model), TRACKS, frame_skip=skip)
-    frames = schedule["total_updates"] * ppo.NUM_ENVS * num_steps * skip
-    facts = {"changes": changes, "seed": seed, **schedule, "frames": frames, **evaluate.summarize(scores)}
-    return facts | {"returns": [round(score["return"], 1) for score in scores]} | run_files.run_facts()
+    world = {"rewards": rewards, "frame_skip": changes.get("frame_skip", FRAME_SKIP), "frames": FRAMES}
+    facts = runs.run(functools.partial(load, changes), seed, TRACKS, **world, **changes.get("train", {}))
+    return {"changes": changes} | facts
 
 
 def table():
