@@ -131,9 +131,9 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0):
+def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0, draw=instructions.draw):
     """A context with the training environments, a list of `Simulators`; enter it before torch starts its threads."""
-    instructed = {"draw_instruction": instructions.draw, "change": CHANGE, "thrown": THROWN}
+    instructed = {"draw_instruction": draw, "change": CHANGE, "thrown": THROWN}
     make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
     settings = [instructed if i < INSTRUCTED_SHARE * num_envs else {} for i in range(num_envs)]
     makers = [functools.partial(make, seed * 10_000 + rank * num_envs + i, **x) for i, x in enumerate(settings)]

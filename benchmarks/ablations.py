@@ -49,8 +49,8 @@ def load(changes):
 def run(changes, seed):
     """One PPO run; returns its settings and the scores of its averaged policy on TRACKS."""
     rewards = dataclasses.replace(REWARDS, **changes.get("rewards", {}))
-    world = {"rewards": rewards, "frame_skip": changes.get("frame_skip", FRAME_SKIP), "frames": FRAMES}
-    facts = runs.run(functools.partial(load, changes), seed, TRACKS, **world, **changes.get("train", {}))
+    world = {"envs": {"rewards": rewards}, "frame_skip": changes.get("frame_skip", FRAME_SKIP), "frames": FRAMES}
+    facts, _ = runs.run(functools.partial(load, changes), seed, TRACKS, **world, **changes.get("train", {}))
     return {"changes": changes} | facts
 
 

@@ -6,25 +6,25 @@ from tqdm import tqdm
 import evaluate
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
-from car_racing_env import FRAME_SKIP, REWARDS
+from car_racing_env import FRAME_SKIP
 from support import processes, run_files
 
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
-def run(load, seed, tracks, *, frames=FRAMES, rewards=REWARDS, frame_skip=FRAME_SKIP, evaluations=0, **arguments):
-    """Train what `load()` returns; a dict of the schedule, the scores on `tracks` at the end, and the `curve` before it.
+def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations=0, envs=None, **arguments):
+    """Train what `load()` returns; gives a dict of its schedule, `curve` and scores on `tracks` at the end, and the driver.
 
     The curve has the environment frames and the score on `ppo.EVAL_TRACKS` before the run and after each of `evaluations`
     parts of it, the last one left out. At another frame skip the discount per frame and the frames per update stay.
-    `arguments` go to `ppo.train`.
+    `envs` are arguments of `ppo.make_envs`, `arguments` those of `ppo.train`.
     """
     num_steps = ppo.NUM_STEPS * FRAME_SKIP // frame_skip
     frames_per_update = ppo.NUM_ENVS * num_steps * frame_skip
     schedule = {"gamma": ppo.GAMMA ** (frame_skip / FRAME_SKIP), "num_steps": num_steps}
     schedule["total_updates"] = updates = round(frames / frames_per_update)
     curve = []
-    with ppo.make_envs(seed, rewards=rewards, frame_skip=frame_skip) as workers:
+    with ppo.make_envs(seed, frame_skip=frame_skip, **envs or {}) as workers:
         torch.set_num_threads(ppo.TORCH_THREADS)
         torch.manual_seed(seed)
         model, averaged = load(), load()
@@ -39,4 +39,4 @@ def run(load, seed, tracks, *, frames=FRAMES, rewards=REWARDS, frame_skip=FRAME_
     scores = evaluate.evaluate(driver, tracks, frame_skip=frame_skip)
     facts = {"seed": seed, **schedule, "frames": updates * frames_per_update, "curve": curve}
     facts |= {"tracks": [tracks[0], tracks[-1]], **evaluate.summarize(scores)}
-    return facts | {"returns": [round(score["return"], 1) for score in scores]} | run_files.run_facts()
+    return facts | {"returns": [round(score["return"], 1) for score in scores]} | run_files.run_facts(), driver

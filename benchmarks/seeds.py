@@ -62,7 +62,7 @@ def main():
         if not path.exists():
             print(f"seed {seed}", flush=True)
             make = functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL)
-            run_files.write_json(path, runs.run(make, seed, TRACKS, evaluations=4))
+            run_files.write_json(path, runs.run(make, seed, TRACKS, evaluations=4)[0])
     for name, value in summarize(load()).items():
         print(f"{name}: {value}")
 

@@ -1,0 +1,193 @@
+"""What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
+
+Each run trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive:
+`classes` is git-tiny's image encoder with a head of five classes in the place of prompt and answers, `random classes` the
+same from random weights, `numbers` is told the speed and the offset that an instruction asks for in numbers, `random words`
+is git-tiny's architecture with words from random weights, `no prior` the adapter that ships with LANGUAGE_PRIOR = 0.
+Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
+
+    python -m benchmarks.controls      # not timed yet; after stage 1, whose captions it reads
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import evaluate
+import instructions
+import ppo_git_with_prompt as ppo
+import train_git_lora_carllava_style as stage2
+from benchmarks import drives, obedience, runs
+from captions import Captions, Collator, draw_texts
+from fast import git_forward
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, device
+from instructions import RACE, TARGET_SIZE, Target
+from offline import make_git_tiny
+from support import checks, run_files
+from support.checkpoints import load_base
+from support.run_files import ROOT
+
+BASE = "offline/git-tiny"
+DATA = ("CarRacing-Data",)
+EPOCHS = 4
+BATCH_SIZE = 128
+LEARNING_RATE = 5e-4  # peak of a one-cycle schedule: all weights train
+WEIGHT_DECAY = 0.05
+SEEDS = range(3)
+TRACKS = range(201_000, 201_100)
+ARMS = ("classes", "numbers", "random classes", "no prior", "random words")
+OUTPUT = Path(__file__).parent / "controls"
+
+
+def in_numbers(target):
+    """What the arm `numbers` is told in the place of a sentence: "20.0 -3.2"; "" for racing."""
+    return "" if target == RACE else f"{target.speed} {target.side}"
+
+
+def read_numbers(said):
+    """The target of `in_numbers`."""
+    return Target(*(None if x == "None" else float(x) for x in said.split()))
+
+
+def draw_in_numbers(rng):
+    """An instruction as `instructions.draw` draws it, told in numbers."""
+    told = instructions.draw(rng)
+    return told._replace(sentence=in_numbers(told.target))
+
+
+class Classifier(GitText2ActionWithPrompt):
+    """An image encoder and a head of five classes, whose probabilities are the prior of the policy; told numbers or nothing."""
+
+    def __init__(self, git, processor, numbers=False, **head):
+        super().__init__(git, processor, {"base_model": BASE, "adapter": ""}, **head)
+        self.numbers = numbers
+        self.hidden = nn.Linear(self.feature_size + TARGET_SIZE, self.feature_size)
+        self.classes = nn.Linear(self.feature_size, len(self.answers))
+        self.to(self.device)
+
+    def see(self, weights, frames):
+        """The image's first row, float32 (B, hidden)."""
+        return git_forward.encode_image(weights, self.pixels(frames))[:, 0].float()
+
+    def classify(self, seen, targets):
+        """`features` (B, hidden) and logits of the answers (B, 5) of what was seen (B, hidden), under a `Target` for each."""
+        encoded = torch.stack([torch.from_numpy(target.encode()) for target in targets]).to(self.device)
+        features = torch.tanh(self.hidden(torch.cat([seen, encoded], 1)))
+        return features, self.classes(features)
+
+    @torch.no_grad()
+    def encode(self, frames, instructions=""):
+        each = [instructions] * len(frames) if isinstance(instructions, str) else instructions
+        features, logits = self.classify(self.see(self.weights, frames), [read_numbers(said) for said in each])
+        return features, logits.log_softmax(-1)
+
+    def features(self, frames, instructions="", state=None):
+        return self.encode(frames, instructions)[0]
+
+
+def classifier_loss(model, samples):
+    """Cross-entropy of the plain answers of some captions; told numbers also of those under their instructions."""
+    frames, rows = zip(*samples)
+    weights = git_forward.collect(model.base, model.processor.image_processor)
+    index, targets, labels = [], [], []
+    for i, row in enumerate(rows):
+        for told in [{"instruction": "", "text": row["text"]}, *(row["told"] if model.numbers else [])]:
+            index.append(i)
+            name = told["instruction"]
+            targets.append(RACE if name in ("", "garbled") else instructions.target(name))
+            labels.append([*ANSWERS].index(told["text"]))
+    logits = model.classify(model.see(weights, np.stack(frames))[index], targets)[1]
+    return F.cross_entropy(logits, torch.tensor(labels, device=model.device))
+
+
+def fit(parameters, loss_of, data):
+    """EPOCHS of AdamW on `loss_of` the batches of `data`."""
+    loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=list)
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * len(loader))
+    for epoch in tqdm(range(EPOCHS), unit="epoch"):
+        losses = []
+        for samples in loader:
+            loss = loss_of(samples)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        tqdm.write(f"epoch {epoch + 1}: average loss {np.mean(losses):.3f}")
+
+
+def imitate(arm, data):
+    """Train one of ARMS on captions; returns a function that makes its model, frozen, with fresh heads of the policy."""
+    if arm == "no prior":
+        return functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL, language_prior=0.0)
+    git, processor = load_base(BASE)
+    if arm.startswith("random"):
+        git = make_git_tiny.make_model(processor.tokenizer)
+    git = git.to(device())
+    if arm == "random words":
+        collate = Collator(processor, functools.partial(draw_texts, reworded=stage2.REWORDED, wishes=stage2.WISHES))
+        git_forward.train_by_this_pass(git, processor.image_processor)
+        fit(
+            git.parameters(),
+            lambda samples: git(**{key: x.to(git.device) for key, x in collate(samples).items()})["loss"],
+            data,
+        )
+        git.requires_grad_(False)
+        return lambda: GitText2ActionWithPrompt(git, processor, {"base_model": BASE, "adapter": ""})
+    model = Classifier(git, processor, arm == "numbers")
+    trained = [*git.parameters(), *model.hidden.parameters(), *model.classes.parameters()]
+    fit(trained, functools.partial(classifier_loss, model), data)
+    git.requires_grad_(False)
+
+    def load():
+        fresh = Classifier(git, processor, arm == "numbers")
+        fresh.hidden, fresh.classes = model.hidden, model.classes
+        return fresh
+
+    return load
+
+
+def obeyed(driver):
+    """Share of drives that obey what they are told in numbers: targets taught and never taught."""
+    shares = {}
+    for group in ("taught", "new"):
+        rows = []
+        for name in obedience.CASES[group]:
+            says = {obedience.WHEN: in_numbers(instructions.target(name))}
+            results = drives.drive(driver, obedience.TRACKS, obedience.WHEN + obedience.TOLD, says)
+            rows.append(obedience.measure(results, name, group)["obeyed"])
+        shares[group] = round(float(np.mean(rows)), 3)
+    return shares
+
+
+def run(arm, seed):
+    """One arm with one seed: how it drives after imitation, over its PPO run and at the end; what it obeys, told numbers."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    load = imitate(arm, Captions(*(ROOT / folder / "train" for folder in DATA)))
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    before = evaluate.summarize(evaluate.evaluate(evaluate.Policy(load()), TRACKS))
+    told = "words" in arm or arm == "no prior"
+    draw = draw_in_numbers if arm == "numbers" else functools.partial(instructions.draw, share=float(told))
+    facts, driver = runs.run(load, seed, TRACKS, evaluations=4, envs={"draw": draw})
+    facts = {"arm": arm, "epochs": EPOCHS, "data": DATA, "before_ppo": before} | facts
+    return facts | ({"obeyed": obeyed(driver)} if arm == "numbers" else {})
+
+
+def main():
+    for seed in SEEDS:
+        for arm in ARMS:
+            path = OUTPUT / f"{arm}_seed{seed}.json"
+            if not path.exists():
+                print(f"{arm}, seed {seed}", flush=True)
+                run_files.write_json(path, run(arm, seed))
+
+
+if __name__ == "__main__":
+    checks.run(main)

@@ -1,0 +1,47 @@
+"""Ten seeds: the interval of their mean, and what is said of them together. The control that is told numbers."""
+
+import numpy as np
+import pytest
+
+from benchmarks import controls, seeds
+from GitText2ActionWithPrompt import ANSWERS
+from instructions import RACE, Target
+
+
+def test_the_interval_counts_seeds_and_tracks_as_draws():
+    """Where both add up, the variance of the mean is the sum of that of the seeds' means and that of the tracks' means."""
+    rng = np.random.default_rng(0)
+    run, track = rng.normal(0, 10, 12), rng.normal(900, 30, 100)
+    low, high = seeds.interval(run[:, None] + track)
+    deviation = (run.var() / len(run) + track.var() / len(track)) ** 0.5
+    assert (high - low) / (2 * 1.96 * deviation) == pytest.approx(1, abs=0.05)
+    assert (low + high) / 2 == pytest.approx(run.mean() + track.mean(), abs=1)
+
+
+def test_runs_together():
+    rows = {seed: {"seed": seed, "mean": 900.0 + seed, "laps_finished_percent": 90.0 + seed} for seed in range(2)}
+    for seed, row in rows.items():
+        row["returns"] = [900.0 + seed] * 99 + [400.0 + 200 * seed]
+    told = seeds.summarize(rows)
+    assert told["mean"] == 896.5 and told["seeds"] == {0: 900.0, 1: 901.0} and told["worst_percent"] == [400.0, 600.0]
+    assert told["below_500_percent"] == 0.5 and told["laps_finished_percent"] == 90.5
+
+
+def test_a_classifier_learns_what_it_sees_and_is_told_in_numbers(toy_base, script):
+    """Dark frames mean gas and bright ones left, but for stop; the policy does it, with fresh heads and frozen."""
+    edited = script("benchmarks/controls", BASE=str(toy_base), EPOCHS=60, BATCH_SIZE=16, LEARNING_RATE=5e-3)
+    rng, data = np.random.default_rng(0), []
+    for i in range(32):
+        frame = rng.integers(0, 100, (96, 96, 3)).astype(np.uint8) + np.uint8(150 * (i % 2))
+        told = [
+            {"instruction": "stop", "text": "Brake"},
+            {"instruction": "garbled", "text": ["Accelerate", "Turn left"][i % 2]},
+        ]
+        data.append((frame, {"text": ["Accelerate", "Turn left"][i % 2], "told": told}))
+    model = edited.imitate("numbers", data)()
+    stop = controls.in_numbers(Target(speed=0.0))
+    logits, _ = model(np.stack([data[0][0], data[1][0], data[0][0], data[1][0]]), ["", "", stop, stop])
+    assert [[*ANSWERS][i] for i in logits.argmax(1)] == ["Accelerate", "Turn left", "Brake", "Brake"]
+    assert len(model.trained_parameters()) == 8  # the two heads
+    for target in (RACE, Target(25.0), Target(side=-3.2), Target(0.0), Target(30.0, 0.0)):
+        assert controls.read_numbers(controls.in_numbers(target)) == target
