@@ -242,7 +242,7 @@ INSTRUCTIONS["right"] = Instruction(
     Target(side=SIDE), mirrored(INSTRUCTIONS["left"].taught), mirrored(INSTRUCTIONS["left"].held_out)
 )
 
-SPEEDS = {questions.number(x): float(x) for x in (10, 15, 20, 22, 28, 30, 32, 35, 38, 40, 42, 48, 50, 52, 55)}
+SPEEDS = {questions.number(x): float(x) for x in (10, 15, 20, 22, 28, 30, 32, 35, 38, 40, 42, 48, 50)}
 HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}  # "five" and each ten are taught, these pairs are not
 SPEED_PHRASINGS = sentences("""
     Drive at speed {}. Drive at {}. Go at {}. Keep speed {}. Stay at {}. Make it {}. Set the speed to {}. Hold a
