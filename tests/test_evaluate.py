@@ -81,7 +81,7 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
         (70, 1, Target(side=SIDE), {BRAKE}),
         (47, 1, Target(side=SIDE), {0, 1, 2, BRAKE}),
         (0, 1, RACE, {GAS}),
-        (85, 1, RACE, {BRAKE}),
+        (90, 1, RACE, {BRAKE}),
         (20, -0.95, RACE, {0, 1, 2, GAS}),
     ],
 )
