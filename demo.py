@@ -48,6 +48,7 @@ TRACK = 100_000  # the first one shown
 MAX_SESSIONS = 4  # visitors at a time; the next one is told to wait
 MAX_TEXT = 200  # characters of a sentence or a question
 JPEG_QUALITY = 80
+SPEEDS = ("ten", "thirty", "fifty")  # that can be said by a click; others are typed
 
 DRIVERS = {
     "policy": "after PPO",
@@ -293,12 +294,12 @@ class Latest:
 
 def welcome():
     """What the page needs to know first: what can be chosen, said and asked."""
-    said = {name: instruction.taught[0] for name, instruction in instructions.INSTRUCTIONS.items() if name != "chatter"}
-    held_out = {f"speed {word}" for word in instructions.HELD_OUT_SPEEDS}
+    shown = [name for name in instructions.INSTRUCTIONS if instructions.kind(name) not in ("chatter", "speed")]
+    shown += [f"speed {word}" for word in SPEEDS]
     return {
         "drivers": DRIVERS,
         "answers": list(ANSWERS),
-        "instructions": [sentence for name, sentence in said.items() if name not in held_out],
+        "instructions": [instructions.INSTRUCTIONS[name].taught[0] for name in shown],
         "questions": [wordings[0] for wordings in questions.QUESTIONS.values()],
         "max_text": MAX_TEXT,
     }

@@ -242,16 +242,8 @@ INSTRUCTIONS["right"] = Instruction(
     Target(side=SIDE), mirrored(INSTRUCTIONS["left"].taught), mirrored(INSTRUCTIONS["left"].held_out)
 )
 
-SPEEDS = {
-    "ten": 10.0,
-    "fifteen": 15.0,
-    "twenty": 20.0,
-    "thirty": 30.0,
-    "thirty-five": 35.0,
-    "forty": 40.0,
-    "fifty": 50.0,
-}
-HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}
+SPEEDS = {questions.number(x): float(x) for x in (10, 15, 20, 22, 28, 30, 32, 35, 38, 40, 42, 48, 50)}
+HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}  # "five" and each ten are taught, these pairs are not
 SPEED_PHRASINGS = sentences("""
     Drive at speed {}. Drive at {}. Go at {}. Keep speed {}. Stay at {}. Make it {}. Set the speed to {}. Hold a
     speed of {}. Please drive at {}. Speed {}, please. Could you go at speed {}? Could you drive at {}? I want to go
@@ -272,7 +264,7 @@ for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
         Target(speed=speed),
         tuple(phrasing.format(word) for phrasing in SPEED_PHRASINGS),
         tuple(phrasing.format(word) for phrasing in HELD_OUT_SPEED_PHRASINGS),
-        share=0.0 if word in HELD_OUT_SPEEDS else 0.02,
+        share=0.0 if word in HELD_OUT_SPEEDS else 0.012,
     )
 
 # a speed and a side: one sentence for each, in either order
@@ -296,14 +288,20 @@ WISH_QUESTION = "What do I want?"
 FIT_QUESTION = "Is it as I want it?"
 FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units that the car may be off without a complaint
 
-# the plain question in other words
+# the plain question in other words; the last is none at all: who asks nothing wants nothing else
 WORDINGS = sentences("""
-    What should the vehicle do in this scenario? What should the car do now? What should the driver do here? What
-    shall the vehicle do next? What would you do now? What do you do in this situation? What is to be done here?
-    What is the right action now? Which action should the vehicle take? Which action is best in this scenario? How
-    should the car drive on? How do you drive here? Tell me what the car should do. Say what to do next. Your next
-    action?
-""")
+    What should the vehicle do in this scenario? What should the car do now? What should the driver do here?
+    What shall the vehicle do next? What would you do now? What do you do in this situation? What is to be
+    done here? What is the right action now? Which action should the vehicle take? Which action is best in
+    this scenario? How should the car drive on? How do you drive here? Tell me what the car should do. Say
+    what to do next. Your next action? What now? What next? What would be good here? What would be right
+    here? Which action is right here? What is best to do here? Which action is the best one? Which action do
+    you take here? Which is the right action? Which way of driving is right here? Is it time to turn or to
+    brake? Should the car turn, accelerate or brake? Where should the car go now? How should the driver go
+    on here? How would you drive on? What does a good driver do here? What does the car do next? The next
+    action, please. Say the right action. Tell me the action. Tell me how to drive on. Drive the car. You
+    drive.
+""") + ("",)
 HELD_OUT_WORDINGS = sentences("""
     What should the car do in this situation? What should the vehicle do next? What shall the driver do now? What
     would the car do here? What is the best action in this scenario? Which action would you take now? Which action

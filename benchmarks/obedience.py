@@ -38,7 +38,8 @@ GROUPS = {
     "contradictory": "told two things that contradict each other",
 }
 
-NAMES = [name for name in INSTRUCTIONS if name.removeprefix("speed ") not in HELD_OUT_SPEEDS and name != "chatter"]
+NAMES = [name for name in INSTRUCTIONS if not name.startswith("speed ") and name != "chatter"]
+NAMES += [f"speed {word}" for word in ("ten", "fifteen", "twenty", "thirty", "thirty-five", "forty", "fifty")]  # of 13
 NEW = [*(f"speed {word}" for word in HELD_OUT_SPEEDS), *sorted(HELD_OUT_COMBINATIONS)]
 CASES = {  # group: names of the instructions
     "taught": [*NAMES, *COMBINATIONS],

@@ -158,7 +158,11 @@ def fill_page(text):
 
 def fill_ablations(text):
     start = text.find("| change | seed")
-    return text if start < 0 else text[:start] + ablations.table() + text[text.index("\n\n", start) :]
+    return (
+        text
+        if start < 0
+        else text[:start] + ablations.table(ablations.OUTPUT / "first_model") + text[text.index("\n\n", start) :]
+    )
 
 
 def filled(text):

@@ -13,10 +13,12 @@ from support import cards, checks
 from support.run_files import ROOT
 
 RESULTS_DIR = "results"
+ROUND = "fifth_round"  # of captions (docs/customise.md): its logs lie in a folder of RESULTS_DIR
 FILES = (
-    "run.json reward_log.csv update_log.csv eval_log.csv lora_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
-    "lora_loss.png lora_confusion.png lora_confusion.csv sb3_eval_log.csv sb3_run.json"
+    "run.json reward_log.csv update_log.csv eval_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
+    f"{ROUND}/lora_log.csv"
 ).split()
+CONFUSION = ("lora_confusion.png", "lora_confusion.csv")  # of the last round
 
 
 def made_by(run):
@@ -33,16 +35,17 @@ All constants and versions: [run.json](../run.json). Scores over 100 tracks: [va
 
 def main():
     results, published = ROOT / RESULTS_DIR, ROOT / "results" / "published"
-    published.mkdir(parents=True, exist_ok=True)
     missing = [name for name in (*FILES, "policy/policy.json") if not (results / name).exists()]
     if missing:
-        raise checks.BadInput(
-            f"no {', '.join(missing)} in {RESULTS_DIR}/: run the three stages and benchmarks/sb3_baseline.py"
-        )
+        raise checks.BadInput(f"no {', '.join(missing)} in {RESULTS_DIR}/: run the three stages, the second as {ROUND}")
+    (published / ROUND).mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy2(results / name, published / name)
+    for name in CONFUSION:
+        shutil.copy2(results / ROUND / name, published / name)
     shutil.copytree(results / "policy", published / "policy", dirs_exist_ok=True)
     facts = checks.read_json(published / "policy" / "policy.json")
+    shutil.copy2(ROOT / facts["adapter"] / "run.json", published / ROUND / "lora_run.json")
     card = cards.policy_card("results/published/policy", facts) + made_by(checks.read_json(results / "run.json"))
     (published / "policy" / "README.md").write_text(card)
     print(f"wrote {published}; next: python -m offline.make_readme_pictures")

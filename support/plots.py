@@ -73,7 +73,7 @@ def draw_reward_curve(results):
         if below.any():
             edge = np.full(below.sum(), bottom + 4)
             axis.plot(
-                x[below], edge, "v", color="tab:blue", alpha=0.5, ms=5, label=f"{len(edge)} episodes below {bottom}"
+                x[below], edge, "v", color="tab:blue", alpha=0.5, ms=5, label=f"episodes below {bottom}: {len(edge)}"
             )
         window = min(50, len(returns))
         mean = np.convolve(returns, np.ones(window) / window, "valid")

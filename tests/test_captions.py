@@ -101,13 +101,13 @@ def test_only_the_answer_is_supervised(toy_model, data):
 def test_training_texts_vary_in_wording_and_keep_their_answers(data):
     torch.manual_seed(0)
     row = data[0][1]
-    texts = [text for _ in range(300) for text in captions.draw_texts(row, reworded=0.5, wishes=0.5)]
+    texts = [text for _ in range(1000) for text in captions.draw_texts(row, reworded=0.5, wishes=0.5)]
     assert {(told, answer) for told, question, answer in texts if question == WISH_QUESTION} == {*WISHES.items()}
     told = {(told, answer) for told, question, answer in texts if told and question != WISH_QUESTION}
     assert told == {(x["sentence"], x["text"]) for x in row["told"]}
     plain = [question for told, question, _ in texts if not told and question != row["asked"][0]["question"]]
     assert set(plain) == set(WORDINGS) and 0.4 < plain.count(PROMPT) / len(plain) < 0.7
-    assert len(texts) == 300 * 4
+    assert len(texts) == 1000 * 4
 
 
 def test_validation_counts_what_the_model_says(toy_base, data):

@@ -23,7 +23,7 @@ from teacher import Teacher
 
 GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
-GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy-five", "seventy-five", "fifty", "seventy-five"]
+GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy-five", "seventy-five", "fifty-five", "seventy-five"]
 TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "Slow down.", "The left lane is closed."]
 GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Accelerate", "Brake", "Brake"]
 
@@ -81,7 +81,7 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
         (70, 1, Target(side=SIDE), {BRAKE}),
         (47, 1, Target(side=SIDE), {0, 1, 2, BRAKE}),
         (0, 1, RACE, {GAS}),
-        (85, 1, RACE, {BRAKE}),
+        (90, 1, RACE, {BRAKE}),
         (20, -0.95, RACE, {0, 1, 2, GAS}),
     ],
 )
@@ -145,13 +145,13 @@ def stretch():
 
 def test_teacher_base_and_adapter_answer_as_they_did(stretch):
     """The untaught base answers the question that it is asked; the adapter, under instructions, what to do."""
-    assert stretch[1] == [GAS] * 6 + [1, GAS] and stretch[2] == pytest.approx(538.57, abs=0.01)
+    assert stretch[1] == [GAS] * 5 + [BRAKE, GAS, GAS] and stretch[2] == pytest.approx(538.57, abs=0.01)
     base, adapter = map(GitText2ActionWithPrompt.from_pretrained, (BASE, ADAPTER))
     said = [f"the car drives at speed {speed}." for speed in GOLDEN_SPEEDS]
     assert base.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
     assert adapter.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
     probabilities = adapter.encode(stretch[0])[1][3].exp().tolist()
-    assert probabilities == pytest.approx([0.0002, 0.9543, 0.0006, 0.0448, 0.0001], abs=1e-3)
+    assert probabilities == pytest.approx([0.0, 0.7828, 0.0008, 0.2161, 0.0002], abs=1e-3)
 
 
 @torch.no_grad()
