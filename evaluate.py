@@ -4,7 +4,7 @@ Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the
 words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json and, if asked, a video.
 The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
-    python evaluate.py      # 100 tracks of the PPO policy: 2 to 7 minutes on two CPU cores
+    python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
 """
 
 import collections
