@@ -1,7 +1,7 @@
 """Ten runs of the default PPO, seeds 0 to 9, each final policy on the same hundred tracks that nothing was chosen on.
 
 Writes benchmarks/seeds/seed<n>.json as each run ends, and skips those that are there: stop and start at will. Prints the
-mean with its interval, each seed and the worst drives.
+mean with its interval, each seed, the worst drives, and the environment frames that all of it stands on.
 
     python -m benchmarks.seeds      # 10 minutes a seed on two CPU cores
 """
@@ -13,13 +13,17 @@ import numpy as np
 
 import ppo_git_with_prompt as ppo
 from benchmarks import runs
+from car_racing_env import FRAME_SKIP
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
+from offline import make_git_tiny, train_teacher
 from support import checks, run_files
 
 OUTPUT = Path(__file__).parent / "seeds"
 SEEDS = range(10)
 TRACKS = range(201_000, 201_100)
 RESAMPLES = 10_000
+# of each round of the adapter that ships: frames kept, and of which share of the decisions
+CAPTIONS = ((47_000, 0.25), (22_000, 0.5), (22_000, 0.5), (22_000, 0.5), (42_000, 0.25), (30_500, 0.5))
 
 
 def interval(returns, share=0.95, resamples=RESAMPLES, seed=0):
@@ -56,6 +60,18 @@ def summarize(rows):
     }
 
 
+def frames():
+    """Environment frames that the runs stand on, by what they were for; those of dropped episodes are not counted."""
+    teacher = train_teacher.TOTAL_UPDATES * train_teacher.NUM_WORKERS * train_teacher.ENVS_PER_WORKER
+    captions = sum(kept / share for kept, share in CAPTIONS)
+    return {
+        "teacher": teacher * train_teacher.NUM_STEPS * FRAME_SKIP,
+        "git-tiny": round(make_git_tiny.TRAIN_FRAMES / make_git_tiny.KEEP) * FRAME_SKIP,
+        "captions": round(captions) * FRAME_SKIP,
+        "PPO, each run": runs.FRAMES,
+    }
+
+
 def main():
     for seed in SEEDS:
         path = OUTPUT / f"seed{seed}.json"
@@ -63,7 +79,7 @@ def main():
             print(f"seed {seed}", flush=True)
             make = functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL)
             run_files.write_json(path, runs.run(make, seed, TRACKS, evaluations=4)[0])
-    for name, value in summarize(load()).items():
+    for name, value in (summarize(load()) | {"frames": frames()}).items():
         print(f"{name}: {value}")
 
 
