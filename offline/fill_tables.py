@@ -157,12 +157,12 @@ def fill_page(text):
 
 
 def fill_ablations(text):
-    start = text.find("| change | seed")
-    return (
-        text
-        if start < 0
-        else text[:start] + ablations.table(ablations.OUTPUT / "first_model") + text[text.index("\n\n", start) :]
-    )
+    """The tables of docs/ablations.md, each below the heading that names its runs."""
+    for heading, folder in (("## Whole runs", ablations.OUTPUT), ("## Half runs", ablations.OUTPUT / "first_model")):
+        if heading in text:
+            start = text.index("| change | seed", text.index(heading))
+            text = text[:start] + ablations.table(folder) + text[text.index("\n\n", start) :]
+    return text
 
 
 def filled(text):
