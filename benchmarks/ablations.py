@@ -56,24 +56,24 @@ def run(changes, seed):
 
 def table(folder=OUTPUT):
     """The runs that are in `folder`, as a Markdown table; a change's difference to "as it is" for each seed that both have."""
-    runs = {name: {} for name in CHANGES}
+    found = {name: {} for name in CHANGES}
     for name in CHANGES:
         for path in folder.glob(f"{name}_seed*.json"):
             row = json.loads(path.read_text())
-            runs[name][row["seed"]] = row
+            found[name][row["seed"]] = row
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     lines = [
         f"| change | {seeds} | mean ± std over seeds | difference from as it is, each seed |",
         "|---" * (len(SEEDS) + 3) + "|",
     ]
-    for name, rows in runs.items():
+    for name, rows in found.items():
         if not rows:
             continue
         each = [f"{rows[seed]['mean']:.1f} ± {rows[seed]['std']:.1f}" if seed in rows else "" for seed in SEEDS]
         means = [row["mean"] for row in rows.values()]
         over_seeds = f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(rows) > 1 else "one seed"
-        both = [seed for seed in SEEDS if seed in rows and seed in runs["as it is"] and name != "as it is"]
-        minus = ", ".join(f"{rows[seed]['mean'] - runs['as it is'][seed]['mean']:+.1f}" for seed in both)
+        both = [seed for seed in SEEDS if seed in rows and seed in found["as it is"] and name != "as it is"]
+        minus = ", ".join(f"{rows[seed]['mean'] - found['as it is'][seed]['mean']:+.1f}" for seed in both)
         lines.append(f"| {name} | {' | '.join(each)} | {over_seeds} | {minus} |")
     return "\n".join(lines)
 

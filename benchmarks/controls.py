@@ -86,9 +86,6 @@ class Classifier(GitText2ActionWithPrompt):
         features, logits = self.classify(self.see(self.weights, frames), [read_numbers(said) for said in each])
         return features, logits.log_softmax(-1)
 
-    def features(self, frames, instructions="", state=None):
-        return self.encode(frames, instructions)[0]
-
 
 def classifier_loss(model, samples):
     """Cross-entropy of the plain answers of some captions; told numbers also of those under their instructions."""

@@ -12,7 +12,7 @@ from support import processes, run_files
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
-def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations=0, envs=None, **arguments):
+def run(load, seed, tracks, *, frame_skip=FRAME_SKIP, evaluations=0, envs=None, **arguments):
     """Train what `load()` returns; gives a dict of its schedule, `curve` and scores on `tracks` at the end, and the driver.
 
     The curve has the environment frames and the score on `ppo.EVAL_TRACKS` before the run and after each of `evaluations`
@@ -22,8 +22,8 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
     num_steps = ppo.NUM_STEPS * FRAME_SKIP // frame_skip
     frames_per_update = ppo.NUM_ENVS * num_steps * frame_skip
     schedule = {"gamma": ppo.GAMMA ** (frame_skip / FRAME_SKIP), "num_steps": num_steps}
-    schedule["total_updates"] = updates = round(frames / frames_per_update)
-    curve = []
+    schedule["total_updates"] = updates = round(FRAMES / frames_per_update)
+    evaluate_at, curve = {updates * i // evaluations for i in range(evaluations)}, []
     with ppo.make_envs(seed, frame_skip=frame_skip, **envs or {}) as workers:
         torch.set_num_threads(ppo.TORCH_THREADS)
         torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
         steps = ppo.train(model, workers, accelerator, **schedule, **arguments)
         for number, _, _, state in tqdm(steps, total=1 + updates, unit="update"):
             averaged.load_trained(state["average"], "the average")
-            if number in {updates * i // evaluations for i in range(evaluations)}:
+            if number in evaluate_at:
                 score = evaluate.summarize(evaluate.evaluate(driver, ppo.EVAL_TRACKS, frame_skip=frame_skip))
                 curve.append({"frames": number * frames_per_update} | score)
     scores = evaluate.evaluate(driver, tracks, frame_skip=frame_skip)

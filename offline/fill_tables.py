@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from benchmarks import ablations, obedience
+from offline.publish import ROUNDS
 from support import checks, run_files
 from support.checks import read_json
 from support.run_files import ROOT, read_log
@@ -61,18 +62,13 @@ def fill_scores(text):
 def fill_training(text):
     means = [float(row["mean"]) for row in read_log(PUBLISHED / "eval_log.csv") if row["driver"] == "policy"]
     text = MEANS.sub(lambda match: match[1] + " -> ".join(f"{mean:.1f}" for mean in means), text)
-    logs = [PUBLISHED / "lora_log.csv", *sorted(PUBLISHED.glob("*_round/lora_log.csv"), key=round_number)]
-    epochs = [row for log in logs for row in read_log(log)[1:]]
+    epochs = [row for folder in ("", *ROUNDS) for row in read_log(PUBLISHED / folder / "lora_log.csv")[1:]]
 
     def losses(i, name):
         row = epochs[i]
         return [*(f"{float(row[x]):.3f}" for x in ("average_loss", "validation_loss")), percent(row["exact_match"])]
 
     return fill("| epoch |", losses, text)
-
-
-def round_number(log):
-    return ["second_round", "third_round", "fourth_round", "fifth_round"].index(log.parent.name)
 
 
 def fill_obedience(text):
@@ -117,7 +113,7 @@ def fill_contradictions(text):
 
 def fill_learned(text):
     """Exact answers by kind of instruction, in the last row of the last round's log."""
-    row = read_log(sorted(PUBLISHED.glob("*_round/lora_log.csv"), key=round_number)[-1])[-1]
+    row = read_log(PUBLISHED / ROUNDS[-1] / "lora_log.csv")[-1]
     return fill(
         "| kind |", lambda i, kind: [percent(row[f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], text
     )

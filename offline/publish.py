@@ -13,7 +13,13 @@ from support import cards, checks
 from support.run_files import ROOT
 
 RESULTS_DIR = "results"
-ROUND = "fifth_round"  # of captions (docs/customise.md): its logs lie in a folder of RESULTS_DIR
+ROUNDS = (
+    "second_round",
+    "third_round",
+    "fourth_round",
+    "fifth_round",
+)  # of captions, after the first (docs/customise.md)
+ROUND = ROUNDS[-1]  # its logs lie in a folder of RESULTS_DIR
 FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
     f"{ROUND}/lora_log.csv"
