@@ -13,12 +13,8 @@ from support import cards, checks
 from support.run_files import ROOT
 
 RESULTS_DIR = "results"
-ROUNDS = (
-    "second_round",
-    "third_round",
-    "fourth_round",
-    "fifth_round",
-)  # of captions, after the first (docs/customise.md)
+# of captions, after the first (docs/customise.md)
+ROUNDS = ("second_round", "third_round", "fourth_round", "fifth_round")
 ROUND = ROUNDS[-1]  # its logs lie in a folder of RESULTS_DIR
 FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
