@@ -104,7 +104,7 @@ def collect_episode(track_seed, settings, split="taught"):
     comes from the track seed, so the dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(settings.policy)
-    rng, varied = np.random.default_rng(track_seed), settings.varied if split == "taught" else 0.0
+    rng, varied = np.random.default_rng([track_seed, 4]), settings.varied if split == "taught" else 0.0
     env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown, settings.sped_up)
     draw = functools.partial(instructions.draw, share=settings.told_share)
     env = car_racing_env.Instructed(env, draw, settings.change)

@@ -264,7 +264,7 @@ for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
         Target(speed=speed),
         tuple(phrasing.format(word) for phrasing in SPEED_PHRASINGS),
         tuple(phrasing.format(word) for phrasing in HELD_OUT_SPEED_PHRASINGS),
-        share=0.0 if word in HELD_OUT_SPEEDS else 0.012,
+        share=0.0 if word in HELD_OUT_SPEEDS else 0.02,
     )
 
 # a speed and a side: one sentence for each, in either order

@@ -17,20 +17,26 @@ class Road:
     """Where on the road the car of an environment is: `look` sets the attributes anew.
 
     `tile` is the index of the nearest one in `track` (N, 4: alpha, heading, x, y), followed along the road, as tracks pass
-    close to themselves; `offset` the distance from the middle, right positive; `heading` the road's; `travelled` the
-    tiles' lengths driven along the road since `look` was first called, backwards negative.
+    close to themselves; a car beside the road and twice as close to another stretch of it took a short cut, of which there
+    were `short_cuts`, and is followed there. `offset` is the distance from the middle, right positive; `heading` the road's;
+    `travelled` the tiles' lengths driven along the road since `look` was first called, backwards negative, short cuts not
+    counted.
     """
 
     def __init__(self, env):
         self.hull, self.track = env.unwrapped.car.hull, np.array(env.unwrapped.track)
-        self.tile, self.travelled, self.along = None, 0.0, None
+        self.tile, self.travelled, self.along, self.short_cuts = None, 0.0, None, 0
         self.look()
 
     def look(self):
         length, before, along_before = len(self.track), self.tile, self.along
         near = np.arange(length) if before is None else np.arange(before - 8, before + 17) % length
         position = np.array(self.hull.position)
-        self.tile = int(near[np.square(self.track[near, 2:] - position).sum(1).argmin()])
+        self.tile, distance = self._nearest(near, position)
+        if distance > 2 * TRACK_WIDTH:
+            tile, distance_there = self._nearest(np.arange(length), position)
+            if distance_there < distance / 2:
+                self.tile, before, self.short_cuts = tile, None, self.short_cuts + 1
         _, self.heading, x, y = self.track[self.tile]
         sin, cos = np.sin(self.heading), np.cos(self.heading)
         self.offset = (position[0] - x) * cos + (position[1] - y) * sin
@@ -38,6 +44,11 @@ class Road:
         if before is not None:
             tiles = (self.tile - before + length // 2) % length - length // 2
             self.travelled += tiles + self.along - along_before
+
+    def _nearest(self, tiles, position):
+        """Which of these tiles is the nearest, and how far away its middle is."""
+        distances = np.linalg.norm(self.track[tiles, 2:] - position, axis=1)
+        return int(tiles[distances.argmin()]), distances.min()
 
 
 class State(NamedTuple):

@@ -17,7 +17,10 @@ from teacher import PrivilegedState
 
 
 class TurnedRound(gym.Wrapper):
-    """Turn the car by `angle` radians before decision `when`, its velocity with it: a rigid motion."""
+    """Turn the car by `angle` radians before decision `when`, its velocity with it: a rigid motion.
+
+    `info["short_cuts"]` counts how often it has left the road for another stretch of it.
+    """
 
     def __init__(self, env, angle, when):
         super().__init__(env)
@@ -31,7 +34,8 @@ class TurnedRound(gym.Wrapper):
         if self.decision == self.when and self.angle:
             move_car(self.unwrapped.car, self.angle)
         self.decision += 1
-        return self.env.step(action)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info | {"short_cuts": self.get_wrapper_attr("road").short_cuts}
 
 
 def make_probe(angle, when):
@@ -44,7 +48,8 @@ def drive(driver, tracks, decisions, says, angles=None, when=0):
 
     `says` maps decisions to what the driver is told from then on, one for all or a list with one for each. Cars are turned
     by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units per second, `offset` in units,
-    `on_road`, `driving` (False once the episode has ended) and `left_field` (True from when it ended there on).
+    `on_road`, `short_cuts` (how many so far), `driving` (False once the episode has ended) and `left_field` (True from when
+    it ended there on).
     """
     angles = [0.0] * len(tracks) if angles is None else angles
 
@@ -75,7 +80,8 @@ def drive_all(driver, tracks, decisions, says, angles, when):
             left_field = left_field | (
                 driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool))
             )
-            rows.append(measure(infos["state"]) | {"driving": driving, "left_field": left_field})
+            ways = {"short_cuts": infos["short_cuts"], "driving": driving, "left_field": left_field}
+            rows.append(measure(infos["state"]) | ways)
             driving = driving & ~done
             if done.any():  # it idles
                 seeds = [track if ended else None for track, ended in zip(tracks, done)]

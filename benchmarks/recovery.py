@@ -2,7 +2,8 @@
 
 The car of a driver on its lap is turned by any angle, its velocity with it. It has come back when it is 15 tiles further
 along the road's direction within 440 frames; tiles that were never visited before do not count, as the wrong way has them
-too. Beside it the same drives of a car that only coasts after the turn: turned by less than 90 degrees it often rolls on
+too. Some come back to another stretch of the road, the far side of a hairpin, which the picture shows as well: these short
+cuts, that cost the lap, are counted by themselves too. Beside it the same drives of a car that only coasts after the turn: turned by less than 90 degrees it often rolls on
 far enough. Writes benchmarks/recovery.json, a part for each driver.
 
     python -m benchmarks.recovery      # 8 minutes for the teacher on two slow CPU cores
@@ -42,16 +43,17 @@ class Coasting:
 
 
 def came_back(results):
-    """Whether each car was TILES further at some decision within FRAMES of the turn: bool (N,)."""
-    further = drives.travelled(results["along"][WHEN:])
-    return (further * results["driving"][WHEN:]).max(0) >= TILES
+    """Whether each car was TILES further at some decision within FRAMES of the turn, and after a short cut: bool (N,) each."""
+    further = (drives.travelled(results["along"][WHEN:]) * results["driving"][WHEN:]) >= TILES
+    took_short_cut = results["short_cuts"][WHEN + further.argmax(0), np.arange(further.shape[1])] > 0
+    return further.any(0), further.any(0) & took_short_cut
 
 
 def main():
     began = time.time()
     torch.set_num_threads(evaluate.TORCH_THREADS)
     driver, rng = evaluate.DRIVERS[DRIVER](), np.random.default_rng(0)
-    angles, back, rolled, still = [], [], [], []
+    angles, back, by_short_cut, rolled, still = [], [], [], [], []
     jobs = [track for _ in range(ROUNDS) for track in TRACKS]
     for start in tqdm(range(0, len(jobs), NUM_ENVS), unit=f"{NUM_ENVS} drives"):
         tracks = jobs[start : start + NUM_ENVS]
@@ -59,15 +61,17 @@ def main():
         decisions = WHEN + FRAMES // FRAME_SKIP
         results = drives.drive(driver, tracks, decisions, {}, turns, WHEN)
         angles += np.degrees(abs(turns)).tolist()
-        back += came_back(results).tolist()
+        for outcomes, outcome in zip((back, by_short_cut), came_back(results)):
+            outcomes += outcome.tolist()
         control = drives.drive(Coasting(driver), tracks, decisions, {WHEN: "coast"}, turns, WHEN)
-        rolled += came_back(control).tolist()
+        rolled += came_back(control)[0].tolist()
         still += results["driving"][WHEN].tolist()
-    angles, back, rolled = (np.array(x)[still] for x in (angles, back, rolled))
+    angles, back, by_short_cut, rolled = (np.array(x)[still] for x in (angles, back, by_short_cut, rolled))
     row = {}
     for low, high in ((0, 45), (45, 90), (90, 135), (135, 180), (0, 90), (90, 180)):
         group = (angles >= low) & (angles < high)
-        shares = {"came_back": round(float(back[group].mean()), 3), "coasting": round(float(rolled[group].mean()), 3)}
+        outcomes = {"came_back": back, "by_short_cut": by_short_cut, "coasting": rolled}
+        shares = {name: round(float(x[group].mean()), 3) for name, x in outcomes.items()}
         row[f"{low}-{high} degrees"] = {"drives": int(group.sum())} | shares
         print(f"{low}-{high} degrees, {group.sum()} drives: {shares}")
     measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}

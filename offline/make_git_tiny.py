@@ -86,7 +86,7 @@ def load_driver():
 
 def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, sped_up, told_share, change):
     """One episode: frames uint8 (n, 96, 96, 3), a dict of answers for each, and its speed and offset."""
-    teacher, rng = load_driver(), np.random.default_rng(track_seed)
+    teacher, rng = load_driver(), np.random.default_rng([track_seed, 4])
     env = Throws(car_racing_env.make_env(draw=False), thrown, thrown, sped_up)
     env = car_racing_env.Instructed(env, functools.partial(draw_target, share=told_share), change)
     env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
