@@ -1,9 +1,10 @@
 """What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
 
-Each run trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive:
-`classes` is git-tiny's image encoder with a head of five classes in the place of prompt and answers, `random classes` the
-same from random weights, `numbers` is told the speed and the offset that an instruction asks for in numbers, `random words`
-is git-tiny's architecture with words from random weights, `no prior` the adapter that ships with LANGUAGE_PRIOR = 0.
+Each run trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive: `words`
+is git-tiny with a LoRA as in stage 2, `random words` its architecture from random weights, `classes` is git-tiny's image
+encoder with a head of five classes in the place of prompt and answers, `random classes` the same from random weights,
+`numbers` is told the speed and the offset that an instruction asks for in numbers, `no prior` the adapter that ships with
+LANGUAGE_PRIOR = 0.
 Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
 
     python -m benchmarks.controls      # not timed yet; after stage 1, whose captions it reads
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -25,7 +27,7 @@ import train_git_lora_carllava_style as stage2
 from benchmarks import drives, obedience, runs
 from captions import Captions, Collator, draw_texts
 from fast import git_forward
-from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, device
+from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt, device
 from instructions import RACE, TARGET_SIZE, Target
 from offline import make_git_tiny
 from support import checks, run_files
@@ -33,14 +35,14 @@ from support.checkpoints import load_base
 from support.run_files import ROOT
 
 BASE = "offline/git-tiny"
-DATA = ("CarRacing-Data",)
-EPOCHS = 4
+DATA = ("CarRacing-Data", "CarRacing-Data-2")  # of the last round
+EPOCHS = 2
 BATCH_SIZE = 128
-LEARNING_RATE = 5e-4  # peak of a one-cycle schedule: all weights train
+LEARNING_RATE = 5e-4  # peak of a one-cycle schedule where all weights train; a LoRA has that of stage 2
 WEIGHT_DECAY = 0.05
 SEEDS = range(3)
 TRACKS = range(201_000, 201_100)
-ARMS = ("classes", "numbers", "random classes", "no prior", "random words")
+ARMS = ("words", "classes", "numbers", "no prior", "random words", "random classes")
 OUTPUT = Path(__file__).parent / "controls"
 
 
@@ -102,11 +104,11 @@ def classifier_loss(model, samples):
     return F.cross_entropy(logits, torch.tensor(labels, device=model.device))
 
 
-def fit(parameters, loss_of, data):
+def fit(parameters, loss_of, data, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY):
     """EPOCHS of AdamW on `loss_of` the batches of `data`."""
     loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=list)
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * len(loader))
+    optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=EPOCHS * len(loader))
     for epoch in tqdm(range(EPOCHS), unit="epoch"):
         losses = []
         for samples in loader:
@@ -119,6 +121,23 @@ def fit(parameters, loss_of, data):
         tqdm.write(f"epoch {epoch + 1}: average loss {np.mean(losses):.3f}")
 
 
+def imitate_in_words(git, processor, data, lora):
+    """As stage 2 does it, with a LoRA or all weights; returns what `imitate` does."""
+    git, how = git_forward.train_by_this_pass(git, processor.image_processor), {}
+    if lora:
+        config = LoraConfig(r=stage2.LORA_RANK, lora_alpha=stage2.LORA_ALPHA, target_modules=LORA_TARGETS)
+        git = get_peft_model(git, config)
+        how = {"learning_rate": stage2.LEARNING_RATE, "weight_decay": stage2.WEIGHT_DECAY}
+    collate = Collator(processor, functools.partial(draw_texts, reworded=stage2.REWORDED, wishes=stage2.WISHES))
+
+    def loss_of(samples):
+        return git(**{key: x.to(device()) for key, x in collate(samples).items()})["loss"]
+
+    fit([p for p in git.parameters() if p.requires_grad], loss_of, data, **how)
+    git = (git.merge_and_unload() if lora else git).requires_grad_(False)
+    return lambda: GitText2ActionWithPrompt(git, processor, {"base_model": BASE, "adapter": ""})
+
+
 def imitate(arm, data):
     """Train one of ARMS on captions; returns a function that makes its model, frozen, with fresh heads of the policy."""
     if arm == "no prior":
@@ -127,16 +146,8 @@ def imitate(arm, data):
     if arm.startswith("random"):
         git = make_git_tiny.make_model(processor.tokenizer)
     git = git.to(device())
-    if arm == "random words":
-        collate = Collator(processor, functools.partial(draw_texts, reworded=stage2.REWORDED, wishes=stage2.WISHES))
-        git_forward.train_by_this_pass(git, processor.image_processor)
-        fit(
-            git.parameters(),
-            lambda samples: git(**{key: x.to(git.device) for key, x in collate(samples).items()})["loss"],
-            data,
-        )
-        git.requires_grad_(False)
-        return lambda: GitText2ActionWithPrompt(git, processor, {"base_model": BASE, "adapter": ""})
+    if arm in ("words", "random words"):
+        return imitate_in_words(git, processor, data, lora=arm == "words")
     model = Classifier(git, processor, arm == "numbers")
     trained = [*git.parameters(), *model.hidden.parameters(), *model.classes.parameters()]
     fit(trained, functools.partial(classifier_loss, model), data)

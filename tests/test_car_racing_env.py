@@ -152,6 +152,22 @@ def test_the_road_is_followed():
     assert road.travelled < before - 2
 
 
+def test_a_short_cut_is_followed():
+    """Put on the far side of the track the car is on the road there, and nothing was driven; beside its own road it stays."""
+    env = after_gas(make_env(2, draw=False), 0)
+    hull, road = env.unwrapped.car.hull, env.road
+    across, before = np.array([np.cos(road.heading), np.sin(road.heading)]), road.travelled
+    own, far = road.tile, (road.tile + len(road.track) // 2) % len(road.track)
+    move_car(env.unwrapped.car, 0.0, 20 * across)
+    road.look()
+    assert abs(road.tile - own) < 8 and road.offset > 15 and road.short_cuts == 0
+    move_car(env.unwrapped.car, 0.0, road.track[far, 2:] - np.array(hull.position))
+    travelled = road.travelled
+    road.look()
+    assert (road.tile, road.short_cuts, road.travelled) == (far, 1, travelled) and abs(road.offset) < 1e-3
+    assert travelled == pytest.approx(before, abs=1)
+
+
 def test_throws_reach_everywhere():
     """Turned any way, on the road and beside it, at any speed."""
     env, seen = Throws(make_env(2, draw=False), at_start=1.0), []

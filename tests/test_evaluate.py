@@ -117,10 +117,11 @@ def test_a_drive_is_told_and_turned():
 def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):
     monkeypatch.setattr(recovery, "WHEN", 2)
     tile = 3.5 * 50 / 2  # units per second that make a tile in a decision
-    along = np.array([[9, 0, 0], [9, 0, 0], [-8, 8, 8], [8, 8, 8], [14, -9, 0]]) * tile
-    driving = np.ones((5, 3), bool)
-    driving[3:, 2] = False
-    assert recovery.came_back({"along": along, "driving": driving}).tolist() == [False, True, False]
+    along = np.array([[9, 0, 0, 8], [9, 0, 0, 8], [-8, 8, 8, 8], [8, 8, 8, 8], [14, -9, 0, 0]]) * tile
+    driving, short_cuts = np.ones((5, 4), bool), np.zeros((5, 4), int)
+    driving[3:, 2], short_cuts[4:, 1], short_cuts[2:, 3] = False, 1, 1  # of the second only after it had come back
+    back, by_short_cut = recovery.came_back({"along": along, "driving": driving, "short_cuts": short_cuts})
+    assert back.tolist() == [False, True, False, True] and by_short_cut.tolist() == [False, False, False, True]
 
 
 def test_obedience_is_judged_after_the_grace_and_while_it_drives():
