@@ -31,6 +31,7 @@ CHANGES = {  # name: what `run` changes
     "K_EPOCHS = 1": {"train": {"k_epochs": 1}},
     "LANGUAGE_PRIOR = 0": {"head": {"language_prior": 0.0}},
     "base without the adapter, LANGUAGE_PRIOR = 0": {"model": "offline/git-tiny", "head": {"language_prior": 0.0}},
+    "half as many frames": {"share": 0.5},
     "penalties from the start": {"rewards": {"penalty_ramp": 0.0}},
     "FRAME_SKIP = 1": {"frame_skip": 1},  # the adapter was taught at 2
     "FRAME_SKIP = 4": {"frame_skip": 4},
@@ -50,6 +51,7 @@ def run(changes, seed):
     """One PPO run; returns its settings and the scores of its averaged policy on TRACKS."""
     rewards = dataclasses.replace(REWARDS, **changes.get("rewards", {}))
     world = {"envs": {"rewards": rewards}, "frame_skip": changes.get("frame_skip", FRAME_SKIP)}
+    world["frames"] = round(changes.get("share", 1) * runs.FRAMES)
     facts, _ = runs.run(functools.partial(load, changes), seed, TRACKS, **world, **changes.get("train", {}))
     return {"changes": changes} | facts
 

@@ -12,7 +12,7 @@ from support import processes, run_files
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
-def run(load, seed, tracks, *, frame_skip=FRAME_SKIP, evaluations=0, envs=None, **arguments):
+def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations=0, envs=None, **arguments):
     """Train what `load()` returns; gives a dict of its schedule, `curve` and scores on `tracks` at the end, and the driver.
 
     The curve has the environment frames and the score on `ppo.EVAL_TRACKS` before the run and after each of `evaluations`
@@ -22,7 +22,7 @@ def run(load, seed, tracks, *, frame_skip=FRAME_SKIP, evaluations=0, envs=None, 
     num_steps = ppo.NUM_STEPS * FRAME_SKIP // frame_skip
     frames_per_update = ppo.NUM_ENVS * num_steps * frame_skip
     schedule = {"gamma": ppo.GAMMA ** (frame_skip / FRAME_SKIP), "num_steps": num_steps}
-    schedule["total_updates"] = updates = round(FRAMES / frames_per_update)
+    schedule["total_updates"] = updates = round(frames / frames_per_update)
     evaluate_at, curve = {updates * i // evaluations for i in range(evaluations)}, []
     with ppo.make_envs(seed, frame_skip=frame_skip, **envs or {}) as workers:
         torch.set_num_threads(ppo.TORCH_THREADS)
