@@ -126,7 +126,8 @@ def fill_benchmarks(text):
 
     def came_back(i, angles):
         policy, teacher = (recovery[driver][angles.removeprefix("all of ")] for driver in ("policy", "teacher"))
-        return [str(policy["drives"]), *map(percent, (policy["came_back"], teacher["came_back"], policy["coasting"]))]
+        shares = (policy["came_back"], policy["by_short_cut"], teacher["came_back"], teacher["by_short_cut"])
+        return [str(policy["drives"]), *map(percent, (*shares, policy["coasting"]))]
 
     def lost(i, group):
         rows = [prompts[driver]["groups"][group] for driver in ("answers", "policy")]
