@@ -34,23 +34,23 @@ from support import cards, checkpoints, checks, plots, processes, run_files
 from support.run_files import ROOT
 
 BASE_MODEL = "offline/git-tiny"  # any GIT checkpoint; for the Hub's: "microsoft/git-base"
-ADAPTER = "lora_git_caption_model_carllava"
+ADAPTER = ""  # an adapter of this script that learns on, and keeps its rank; "": a new one begins
 DATA_DIR = "CarRacing-Data"
-MORE_DATA = ("CarRacing-Data-2",)
+MORE_DATA = ()  # further folders of stage 1, for training only: of frames where the model drove ("CarRacing-Data-2",)
 OUTPUT_DIR = "lora_git_caption_model_carllava"
-RESULTS_DIR = "results/sixth_round"
-CHECKPOINT_DIR = "results/sixth_round/lora_checkpoints"
+RESULTS_DIR = "results"
+CHECKPOINT_DIR = "results/lora_checkpoints"  # the Trainer's, one per epoch; resumed from if RESUME
 RESUME = False
 SEED = 0
 MIN_FRAMES = 1_000  # fewer training frames are the shipped sample, not a dataset
 
 LORA_RANK = 32
 LORA_ALPHA = 64
-EPOCHS = 2
-WISHES = 0.3
+EPOCHS = 4
+WISHES = 0.5  # share of the questions about the scene in whose place the wish behind an instruction is asked for
 REWORDED = 0.4  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
 WEIGHT_DECAY = 0.0
 WARMUP = 0.05  # share of the steps, then a cosine to zero
 
