@@ -27,34 +27,21 @@ def test_runs_together():
     assert told["below_500_percent"] == 0.5 and told["laps_finished_percent"] == 90.5
 
 
-@pytest.fixture
-def dark_and_bright():
-    """Captions of dark frames, gas, and of bright ones, left, but for stop."""
-    rng, data = np.random.default_rng(0), []
-    for i in range(32):
-        frame = rng.integers(0, 100, (96, 96, 3)).astype(np.uint8) + np.uint8(150 * (i % 2))
-        told = [
-            {"instruction": "stop", "sentence": "Stop.", "text": "Brake"},
-            {"instruction": "garbled", "sentence": "Xyz.", "text": ["Accelerate", "Turn left"][i % 2]},
-        ]
-        data.append((frame, {"text": ["Accelerate", "Turn left"][i % 2], "told": told, "asked": []}))
-    return data
-
-
 @pytest.mark.parametrize("arm, rate", [("numbers", 5e-3), ("words", 3e-3)])
-def test_a_control_learns_what_it_sees_and_is_told(toy_base, script, dark_and_bright, arm, rate):
-    """The policy does it, with fresh heads and frozen."""
+def test_a_control_learns_what_it_sees_and_is_told(toy_base, script, arm, rate):
+    """Dark frames mean gas and bright ones left, but for stop; the policy does it, with fresh heads and frozen."""
     script("train_git_lora_carllava_style", LEARNING_RATE=rate)
     edited = script("benchmarks/controls", BASE=str(toy_base), EPOCHS=60, BATCH_SIZE=16, LEARNING_RATE=rate)
-    model = edited.imitate(arm, dark_and_bright)()
-    frames, stop = np.stack([dark_and_bright[i % 2][0] for i in range(4)]), "Stop."
-    if arm == "numbers":
-        stop = edited.in_numbers(Target(speed=0.0))
-    logits, _ = model(frames, ["", "", stop, stop])
+    rng, data = np.random.default_rng(0), []
+    for i in range(32):
+        frame, text = rng.integers(0, 100, (96, 96, 3)), ["Accelerate", "Turn left"][i % 2]
+        told = [("stop", "Stop.", "Brake"), ("garbled", "Xyz.", text)]
+        told = [dict(zip(("instruction", "sentence", "text"), x)) for x in told]
+        data.append(((frame + 150 * (i % 2)).astype(np.uint8), {"text": text, "told": told, "asked": []}))
+    model = edited.imitate(arm, data)()
+    stop = edited.in_numbers(Target(speed=0.0)) if arm == "numbers" else "Stop."
+    logits, _ = model(np.stack([data[i % 2][0] for i in range(4)]), ["", "", stop, stop])
     assert [[*ANSWERS][i] for i in logits.argmax(1)] == ["Accelerate", "Turn left", "Brake", "Brake"]
     assert len(model.trained_parameters()) == 8  # the two heads
-
-
-def test_numbers_say_any_target():
     for target in (RACE, Target(25.0), Target(side=-3.2), Target(0.0), Target(30.0, 0.0)):
         assert controls.read_numbers(controls.in_numbers(target)) == target

@@ -153,19 +153,17 @@ def test_the_road_is_followed():
 
 
 def test_a_short_cut_is_followed():
-    """Put on the far side of the track the car is on the road there, and nothing was driven; beside its own road it stays."""
+    """Beside its road the car stays on it; put on the far side of the track it is there, and has driven nothing."""
     env = after_gas(make_env(2, draw=False), 0)
-    hull, road = env.unwrapped.car.hull, env.road
-    across, before = np.array([np.cos(road.heading), np.sin(road.heading)]), road.travelled
+    car, road = env.unwrapped.car, env.road
     own, far = road.tile, (road.tile + len(road.track) // 2) % len(road.track)
-    move_car(env.unwrapped.car, 0.0, 20 * across)
+    move_car(car, 0.0, 20 * np.array([np.cos(road.heading), np.sin(road.heading)]))
     road.look()
     assert abs(road.tile - own) < 8 and road.offset > 15 and road.short_cuts == 0
-    move_car(env.unwrapped.car, 0.0, road.track[far, 2:] - np.array(hull.position))
     travelled = road.travelled
+    move_car(car, 0.0, road.track[far, 2:] - np.array(car.hull.position))
     road.look()
     assert (road.tile, road.short_cuts, road.travelled) == (far, 1, travelled) and abs(road.offset) < 1e-3
-    assert travelled == pytest.approx(before, abs=1)
 
 
 def test_throws_reach_everywhere():
