@@ -40,8 +40,8 @@ class Rewards:
     thrown_grace: int = 300  # frames after a throw in which neither grass nor tiles left behind cost anything
     progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
     facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
-    # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does; being off the
-    # side asked for costs; both are per decision, for errors from 0 to 1
+    # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does, and none left behind
+    # costs; being off the side asked for costs; both are per decision, for errors from 0 to 1
     speed_kept: float = 2.4
     side_left: float = 3.0
 
@@ -118,7 +118,7 @@ class TrainingRewards(gym.Wrapper):
 
         reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip)) if target.speed is None else 0.0
         reward += self._pay_for_the_way(target) + self._pay_for_turning(info.get("thrown"))
-        if not self.grace:
+        if not self.grace and target.speed is None:
             reward -= penalty_scale * self.rewards.miss_penalty * newly_missed
         if end == "lap":
             reward += self.rewards.lap_bonus

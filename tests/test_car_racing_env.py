@@ -211,6 +211,11 @@ def test_an_instruction_pays_in_place_of_the_tiles():
     (plain, _), (told, road) = (told_env(x, side_left=2.0, progress=0.0) for x in (RACE, Target(side=3.0)))
     difference = plain.step(ACCELERATE)[1] - told.step(ACCELERATE)[1]
     assert difference == pytest.approx(2 * (3 - road.offset) / 6, abs=0.01)
+    for target, cost in ((Target(30.0), 0), (Target(side=3.0), 500)):  # of five tiles left behind
+        charged, free = (told_env(target, miss_penalty=x)[0] for x in (100.0, 0.0))
+        for env in (charged, free):
+            env.env.furthest_tile = env.unwrapped.tile_visited_count + 4
+        assert free.step(0)[1] - charged.step(0)[1] == pytest.approx(cost, abs=0.01)
 
 
 def test_a_closed_simulator_leaves_nothing_behind():
