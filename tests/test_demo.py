@@ -129,9 +129,9 @@ def test_the_page(visit, tmp_path):
     wait_for(lambda: speed(page) < 2)
     assert page.inner_text("#told") == "Stop." and page.inner_text(".answer") == "Brake"
     assert other.inner_text("#told") == "nothing" and speed(other) > 30
-    enter(page, "#question", "How fast is the car?")
+    page.wait_for_timeout(1500), enter(page, "#question", "How fast is the car?")  # just standing it may still look slow
     page.wait_for_selector("#replies dd")
-    assert page.inner_text("#replies dd").startswith("The car ")  # what it says of its speed is the model's own
+    assert page.inner_text("#replies dd") == "The car stands still."
     enter(page, "#sentence", "Drive on.")
     wait_for(lambda: speed(page) > 10)
     enter(page, "#sentence", "<script>document.title = 'hurt'</script>")
