@@ -23,7 +23,16 @@ SEEDS = range(10)
 TRACKS = range(201_000, 201_100)
 RESAMPLES = 10_000
 # of each round of the adapter that ships: frames kept, and of which share of the decisions
-CAPTIONS = ((47_000, 0.25), (22_000, 0.5), (22_000, 0.5), (22_000, 0.5), (42_000, 0.25), (30_500, 0.5))
+CAPTIONS = (
+    (47_000, 0.25),
+    (22_000, 0.5),
+    (22_000, 0.5),
+    (22_000, 0.5),
+    (42_000, 0.25),
+    (30_500, 0.5),
+    (24_000, 0.25),
+    (30_500, 0.5),
+)
 
 
 def interval(returns, share=0.95, resamples=RESAMPLES, seed=0):

@@ -14,7 +14,7 @@ from support.run_files import ROOT
 
 RESULTS_DIR = "results"
 # of captions, after the first (docs/customise.md)
-ROUNDS = ("second_round", "third_round", "fourth_round", "fifth_round")
+ROUNDS = ("second_round", "third_round", "fourth_round", "fifth_round", "sixth_round")
 ROUND = ROUNDS[-1]  # its logs lie in a folder of RESULTS_DIR
 FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "

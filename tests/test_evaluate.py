@@ -25,7 +25,7 @@ GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
 GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy-five", "seventy-five", "fifty-five", "seventy-five"]
 TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "Slow down.", "The left lane is closed."]
-GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Accelerate", "Brake", "Brake"]
+GOLDEN_ANSWERS = ["Accelerate", "Turn right", "Accelerate", "Brake", "Brake", "Brake", "Brake", "Brake"]
 
 
 def test_results_do_not_depend_on_the_number_of_environments():
@@ -152,7 +152,7 @@ def test_teacher_base_and_adapter_answer_as_they_did(stretch):
     assert base.ask(stretch[0], "How fast is the car?") == ["the car stands still.", *said]
     assert adapter.answer(stretch[0], TOLD) == GOLDEN_ANSWERS
     probabilities = adapter.encode(stretch[0])[1][3].exp().tolist()
-    assert probabilities == pytest.approx([0.0, 0.7828, 0.0008, 0.2161, 0.0002], abs=1e-3)
+    assert probabilities == pytest.approx([0.0, 0.8587, 0.0011, 0.1396, 0.0006], abs=1e-3)
 
 
 @torch.no_grad()
