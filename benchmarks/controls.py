@@ -6,6 +6,8 @@ encoder with a head of five classes in the place of prompt and answers, `random 
 `numbers` is told the speed and the offset that an instruction asks for in numbers, `no prior` the adapter that ships with
 LANGUAGE_PRIOR = 0.
 Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
+Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds of
+the adapter that ships (benchmarks/seeds.py) stand beside them.
 
     python -m benchmarks.controls      # not timed yet; after stage 1, whose captions it reads
 """
@@ -24,14 +26,15 @@ import evaluate
 import instructions
 import ppo_git_with_prompt as ppo
 import train_git_lora_carllava_style as stage2
-from benchmarks import drives, obedience, runs
+from benchmarks import drives, obedience, runs, seeds
 from captions import Captions, Collator, draw_texts
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt, device
 from instructions import RACE, TARGET_SIZE, Target
 from offline import make_git_tiny
-from support import checks, run_files
+from support import checks, plots, run_files
 from support.checkpoints import load_base
+from support.plots import plt
 from support.run_files import ROOT
 
 BASE = "offline/git-tiny"
@@ -42,7 +45,9 @@ LEARNING_RATE = 5e-4  # peak of a one-cycle schedule where all weights train; a 
 WEIGHT_DECAY = 0.05
 SEEDS = range(3)
 TRACKS = range(201_000, 201_100)
+EVALUATIONS = 4  # before the end of a run
 ARMS = ("words", "classes", "numbers", "no prior", "random words", "random classes")
+COLORS = dict(zip((*ARMS, "CnnPolicy", "the adapter that ships"), plt.colormaps["tab10"].colors))
 OUTPUT = Path(__file__).parent / "controls"
 
 
@@ -161,21 +166,22 @@ def imitate(arm, data):
     return load
 
 
-def obeyed(driver):
-    """Share of drives that obey what they are told in numbers: targets taught and never taught."""
-    shares = {}
-    for group in ("taught", "new"):
+def obeyed(driver, arm):
+    """Share of drives that obey what they are told, in sentences or in numbers, which have no phrasings, by group."""
+    shares, tracks = {}, obedience.TRACKS
+    for group in ("taught", "new") if arm == "numbers" else ("taught", "held_out", "new"):
         rows = []
         for name in obedience.CASES[group]:
-            says = {obedience.WHEN: in_numbers(instructions.target(name))}
-            results = drives.drive(driver, obedience.TRACKS, obedience.WHEN + obedience.TOLD, says)
+            numbers = in_numbers(instructions.target(name))
+            says = numbers if arm == "numbers" else obedience.sentences(name, group, len(tracks))
+            results = drives.drive(driver, tracks, obedience.WHEN + obedience.TOLD, {obedience.WHEN: says})
             rows.append(obedience.measure(results, name, group)["obeyed"])
         shares[group] = round(float(np.mean(rows)), 3)
     return shares
 
 
 def run(arm, seed):
-    """One arm with one seed: how it drives after imitation, over its PPO run and at the end; what it obeys, told numbers."""
+    """One arm with one seed: how it drives after imitation, over its PPO run and at the end, and what it obeys."""
     torch.manual_seed(seed)
     torch.set_num_threads(2)
     load = imitate(arm, Captions(*(ROOT / folder / "train" for folder in DATA)))
@@ -183,9 +189,50 @@ def run(arm, seed):
     before = evaluate.summarize(evaluate.evaluate(evaluate.Policy(load()), TRACKS))
     told = "words" in arm or arm == "no prior"
     draw = draw_in_numbers if arm == "numbers" else functools.partial(instructions.draw, share=float(told))
-    facts, driver = runs.run(load, seed, TRACKS, evaluations=4, envs={"draw": draw})
+    facts, driver = runs.run(load, seed, TRACKS, evaluations=EVALUATIONS, envs={"draw": draw})
     facts = {"arm": arm, "epochs": EPOCHS, "data": DATA, "before_ppo": before} | facts
-    return facts | ({"obeyed": obeyed(driver)} if arm == "numbers" else {})
+    return facts | ({"obeyed": obeyed(driver, arm)} if arm in ("words", "numbers") else {})
+
+
+def load_runs(folder=OUTPUT):
+    """Rows of the runs that are there, by arm; those of the adapter that ships under "the adapter that ships"."""
+    found = {arm: [checks.read_json(path) for path in sorted(folder.glob(f"{arm}_seed*.json"))] for arm in COLORS}
+    found["the adapter that ships"] = [row for seed, row in seeds.load().items() if seed in SEEDS]
+    return {arm: rows for arm, rows in found.items() if rows}
+
+
+def table(found):
+    """The runs of `load_runs` as a Markdown table."""
+    groups = {"taught": "obeyed, taught", "held_out": "other phrasings", "new": "never taught"}
+    heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "laps", *groups.values()]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, rows in found.items():
+        before = [row["before_ppo"]["mean"] for row in rows if "before_ppo" in row]
+        means = [row["mean"] for row in rows]
+        cells = [arm, f"{np.mean(before):.1f}" if before else ""]
+        cells.append(f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(rows) > 1 else "one seed")
+        cells.append(", ".join(f"{mean:.1f}" for mean in means))
+        cells.append(f"{np.mean([row['laps_finished_percent'] for row in rows]):.0f} %")
+        told = [row["obeyed"] for row in rows if "obeyed" in row]
+        shares = [[row[group] for row in told if group in row] for group in groups]
+        cells += [f"{100 * np.mean(share):.1f} %" if share else "" for share in shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found, path):
+    """Return over the frames of PPO: each arm a line, the mean of its seeds, between the lowest and the highest of them."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for arm, rows in found.items():
+        x = [point["frames"] / 1000 for point in rows[0]["curve"]] + [rows[0]["frames"] / 1000]
+        y = np.array([[*(point["mean"] for point in row["curve"]), row["mean"]] for row in rows])
+        axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm} ({len(rows)} seeds)")
+        axis.fill_between(x, y.min(0), y.max(0), color=COLORS[arm], alpha=0.15, lw=0)
+    title = "What words add: 20 validation tracks, at the end 100 test tracks"
+    axis.set(title=title, xlabel=plots.FRAMES_LABEL, ylabel="return, greedy")
+    axis.grid(alpha=0.3)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=4)
+    plots.save(figure, path)
 
 
 def main():
@@ -195,6 +242,8 @@ def main():
             if not path.exists():
                 print(f"{arm}, seed {seed}", flush=True)
                 run_files.write_json(path, run(arm, seed))
+    print(table(load_runs()))
+    draw(load_runs(), OUTPUT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

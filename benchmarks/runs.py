@@ -34,9 +34,14 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
         for number, _, _, state in tqdm(steps, total=1 + updates, unit="update"):
             averaged.load_trained(state["average"], "the average")
             if number in evaluate_at:
-                score = evaluate.summarize(evaluate.evaluate(driver, ppo.EVAL_TRACKS, frame_skip=frame_skip))
-                curve.append({"frames": number * frames_per_update} | score)
-    scores = evaluate.evaluate(driver, tracks, frame_skip=frame_skip)
+                scores = evaluate.evaluate(driver, ppo.EVAL_TRACKS, frame_skip=frame_skip)
+                curve.append({"frames": number * frames_per_update} | evaluate.summarize(scores))
     facts = {"seed": seed, **schedule, "frames": updates * frames_per_update, "curve": curve}
-    facts |= {"tracks": [tracks[0], tracks[-1]], **evaluate.summarize(scores)}
-    return facts | {"returns": [round(score["return"], 1) for score in scores]} | run_files.run_facts(), driver
+    return facts | final_score(driver, tracks, frame_skip=frame_skip), driver
+
+
+def final_score(driver, tracks, **how):
+    """How a driver does on tracks at the end of a run, and where that was measured: a dict."""
+    scores = evaluate.evaluate(driver, tracks, **how)
+    facts = {"tracks": [tracks[0], tracks[-1]], **evaluate.summarize(scores)}
+    return facts | {"returns": [round(x["return"], 1) for x in scores]} | run_files.run_facts()

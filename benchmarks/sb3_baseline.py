@@ -1,20 +1,15 @@
-"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions: same frame skip, frames, evaluations.
+"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions, from random weights: same frames, frame skip, evaluations.
 
-The environments are those in which nobody is told anything and no car is thrown about.
-
-Trains until it has had both the frames and the wall-clock of the run in RESULTS_DIR. Writes RESULTS_DIR/sb3_eval_log.csv
-and sb3_run.json.
+The environments are those in which nobody is told anything and no car is thrown about. Writes
+benchmarks/controls/CnnPolicy_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
 
     pip install stable-baselines3
-    python -m benchmarks.sb3_baseline      # 25 minutes on two CPU cores, after a run of ppo_git_with_prompt.py
+    python -m benchmarks.sb3_baseline      # not timed yet
 """
 
-import contextlib
 import functools
-import time
 
 import numpy as np
-import stable_baselines3
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -23,12 +18,12 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, VecTra
 import car_racing_env
 import evaluate
 import ppo_git_with_prompt as ppo
+from benchmarks import controls, runs
+from car_racing_env import FRAME_SKIP
 from support import checks, run_files
-from support.run_files import ROOT
 
-RESULTS_DIR = "results"
 LEARNING_RATE = 3e-4  # Stable-Baselines3's own
-SEED = 0
+NAME = "CnnPolicy"
 
 
 class Driver:
@@ -41,54 +36,51 @@ class Driver:
         return self.agent.predict(frames.transpose(0, 3, 1, 2), deterministic=True)[0]
 
 
-class Evaluate(BaseCallback):
-    """Before training and after every share of the frames: the same tracks as ours; stops when both budgets are spent."""
+class Curve(BaseCallback):
+    """The score on the same tracks as ours, before the run and after each part of it, the last one left out."""
 
-    def __init__(self, path, frames, seconds):
+    def __init__(self):
         super().__init__()
-        self.log, self.frames, self.seconds = run_files.Log(path), frames, seconds
-        self.began, self.next_evaluation = time.time(), 0
+        self.rows = []
 
     def _on_step(self):
         return True
 
     def _on_rollout_start(self):
         """After each update but before the next rollout."""
-        frames = self.num_timesteps * car_racing_env.FRAME_SKIP
-        done = frames >= self.frames and time.time() - self.began > self.seconds
-        if frames >= self.next_evaluation or done:
-            self.next_evaluation += self.frames // ppo.EVALUATIONS
-            summary = evaluate.score(Driver(self.model), ppo.EVAL_TRACKS)
-            row = {"env_frames": frames, "seconds": round(time.time() - self.began), **summary}
-            self.log.write(row)
-            print(f"{frames:,} frames, {row['seconds']} s: {row['mean']:.1f} ± {row['std']:.1f}", flush=True)
-        if done:
-            raise StopIteration
+        frames = self.num_timesteps * FRAME_SKIP
+        if frames >= len(self.rows) * runs.FRAMES // controls.EVALUATIONS:
+            self.rows.append({"frames": frames} | evaluate.score(Driver(self.model), ppo.EVAL_TRACKS))
 
 
-def make_agent(num_envs, n_steps):
+def make_agent(num_envs, n_steps, seed=0):
     """The peer on our training environments, rewards normalised by the running std of the return as ours are."""
-    seeds = range(SEED * 10_000, SEED * 10_000 + num_envs)  # those of ppo.make_envs
+    seeds = range(seed * 10_000, seed * 10_000 + num_envs)  # those of ppo.make_envs
     makers = [functools.partial(car_racing_env.make_training_env, seed) for seed in seeds]
     envs = VecNormalize(SubprocVecEnv(makers), norm_obs=False, clip_reward=np.inf, gamma=ppo.GAMMA)
     torch.set_num_threads(2)
     return PPO(
         "CnnPolicy", VecTransposeImage(envs), learning_rate=LEARNING_RATE, n_steps=n_steps,
-        batch_size=ppo.MINIBATCH_SIZE, n_epochs=ppo.K_EPOCHS, gamma=ppo.GAMMA, gae_lambda=ppo.GAE_LAMBDA, seed=SEED,
+        batch_size=ppo.MINIBATCH_SIZE, n_epochs=ppo.K_EPOCHS, gamma=ppo.GAMMA, gae_lambda=ppo.GAE_LAMBDA, seed=seed,
         device="cpu",
     )  # fmt: skip
 
 
-def main():
-    began, results = time.time(), ROOT / RESULTS_DIR
-    seconds = checks.read_json(results / "run.json", "run ppo_git_with_prompt.py first")["seconds"]
-    frames = int(run_files.read_log(results / "update_log.csv")[-1]["env_frames"])
-    run = run_files.describe_run(globals(), vars(ppo), stable_baselines3=stable_baselines3.__version__)
-    agent = make_agent(ppo.NUM_ENVS, ppo.NUM_STEPS)
-    with contextlib.suppress(StopIteration):
-        agent.learn(10**9, Evaluate(results / "sb3_eval_log.csv", frames, seconds), log_interval=None)
+def run(seed):
+    """One run; returns how it drives over it and at its end."""
+    agent, curve = make_agent(ppo.NUM_ENVS, ppo.NUM_STEPS, seed), Curve()
+    agent.learn(runs.FRAMES // FRAME_SKIP, curve, log_interval=None)
     agent.get_env().close()
-    run_files.write_json(results / "sb3_run.json", run | {"seconds": round(time.time() - began)})
+    facts = {"arm": NAME, "seed": seed, "frames": agent.num_timesteps * FRAME_SKIP, "curve": curve.rows}
+    return facts | runs.final_score(Driver(agent), controls.TRACKS)
+
+
+def main():
+    for seed in controls.SEEDS:
+        path = controls.OUTPUT / f"{NAME}_seed{seed}.json"
+        if not path.exists():
+            print(f"seed {seed}", flush=True)
+            run_files.write_json(path, run(seed))
 
 
 if __name__ == "__main__":

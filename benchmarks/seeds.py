@@ -69,6 +69,15 @@ def summarize(rows):
     }
 
 
+def table(rows):
+    """The runs as a Markdown table."""
+    lines = ["| seed | mean ± std | laps | worst track |", "|---|---|---|---|"]
+    for seed, row in rows.items():
+        laps = f"{row['laps_finished_percent']:.0f} %"
+        lines.append(f"| {seed} | {row['mean']:.1f} ± {row['std']:.1f} | {laps} | {row['min']:.0f} |")
+    return "\n".join(lines)
+
+
 def frames():
     """Environment frames that the runs stand on, by what they were for; those of dropped episodes are not counted."""
     teacher = train_teacher.TOTAL_UPDATES * train_teacher.NUM_WORKERS * train_teacher.ENVS_PER_WORKER
@@ -88,6 +97,7 @@ def main():
             print(f"seed {seed}", flush=True)
             make = functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL)
             run_files.write_json(path, runs.run(make, seed, TRACKS, evaluations=4)[0])
+    print(table(load()))
     for name, value in (summarize(load()) | {"frames": frames()}).items():
         print(f"{name}: {value}")
 
