@@ -160,7 +160,7 @@ def test_the_page(visit, tmp_path):
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
-    enter(other, "#track", "100092")
+    enter(other, "#track", "100054")
     other.click("#compare")  # the answers alone lose the road, the policy drives on: each sees its own pictures
     wait_for(lambda: other.locator(".drive").count() == 2)
     laps = other.locator(".lap")
