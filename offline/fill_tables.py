@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from benchmarks import ablations, obedience
+from benchmarks import ablations, controls, obedience, seeds
 from offline.publish import ROUNDS
 from support import checks, run_files
 from support.checks import read_json
@@ -153,19 +153,35 @@ def fill_page(text):
     return fill("| visitors", lambda i, name: rows[i][1:], text)
 
 
-def fill_ablations(text):
-    """The tables of docs/ablations.md, each below the heading that names its runs."""
-    for heading, folder in (("## Whole runs", ablations.OUTPUT), ("## Half runs", ablations.OUTPUT / "first_model")):
-        if heading in text:
-            start = text.index("| change | seed", text.index(heading))
-            text = text[:start] + ablations.table(folder) + text[text.index("\n\n", start) :]
+def replace(heading, table, text):
+    """The page with `table` in the place of the next one below `heading`, if it has both."""
+    start = text.find("\n| ", text.find(heading)) + 1
+    return text if heading not in text else text[:start] + table + text[text.index("\n\n", start) :]
+
+
+def fill_runs(text):
+    """The tables that their benchmarks write, each below the heading that names its runs; what ten seeds say together."""
+    text = replace("## Whole runs", ablations.table(), text)
+    text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
+    if seeds.load():
+        text = replace("## Ten seeds", seeds.table(seeds.load()), text)
+        told = seeds.summarize(seeds.load())
+        cells = {
+            "mean (95 % interval)": "{mean} ({interval[0]} to {interval[1]})".format(**told),
+            "worst seed": min(told["seeds"].values()),
+            "drives below 500": f"{told['below_500_percent']} %",
+            "finished laps": f"{told['laps_finished_percent']} %",
+        }
+        text = fill("| ten seeds", lambda i, name: [str(cells[name])], text)
+    if controls.load_runs():
+        text = replace("## What words add", controls.table(controls.load_runs()), text)
     return text
 
 
 def filled(text):
     """A page's text with its tables filled anew."""
     steps = (fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page)
-    return functools.reduce(lambda text, step: step(text), (*steps, fill_ablations, fill_scores_of_readme), text)
+    return functools.reduce(lambda text, step: step(text), (*steps, fill_runs, fill_scores_of_readme), text)
 
 
 def fill_scores_of_readme(text):
