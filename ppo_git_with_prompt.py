@@ -13,6 +13,7 @@ scaled; rewards weigh mistakes against haste as the task does; a running average
 
 import contextlib
 import functools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -287,7 +288,12 @@ def train(
         data["advantage"], data["returns"] = compute_gae(*transitions, gamma, GAE_LAMBDA)
         batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
         diagnostics = {"learning_rate": optimizer.param_groups[0]["lr"]}
+        # a backbone's backward pass is worth all cores, the heads alone are not
+        torch.set_num_threads(
+            max(1, os.cpu_count() // accelerator.num_processes) if model.trains_lora else TORCH_THREADS
+        )
         diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up=number <= WARMUP_UPDATES)
+        torch.set_num_threads(TORCH_THREADS)
         for name, p in model.trained_parameters().items():
             average[name].lerp_(p, 1 - AVERAGE)
         seconds = time.time() - began
