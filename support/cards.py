@@ -168,7 +168,7 @@ def dataset_card(facts, counts, stuck, table):
 BASE = """
 # git-tiny
 
-A GIT (image encoder + text decoder) of {parameters:,} parameters and {words} words for Gymnasium's CarRacing: {shape}.
+A GIT (image encoder + text decoder) of {parameters:,} parameters and a vocabulary of {words} tokens for Gymnasium's CarRacing: {shape}.
 It answers questions about the scene, which were answered from the simulator's state while training, and says in the simplest words
 what an instruction wants ("The right lane is closed. What do I want?": "Keep left.") and whether it is so ("Keep left. Is it as
 I want it?": "The car is too far right."); it was never shown an action.
