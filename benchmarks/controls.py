@@ -120,6 +120,7 @@ def fit(parameters, loss_of, data, learning_rate=LEARNING_RATE, weight_decay=WEI
             loss = loss_of(samples)
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # as the Trainer of stage 2 does
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
