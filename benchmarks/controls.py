@@ -1,6 +1,6 @@
 """What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
 
-Each run trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive: `words`
+Each run but the last trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive: `words`
 is git-tiny with a LoRA as in stage 2, `random words` its architecture from random weights, `classes` is git-tiny's image
 encoder with a head of five classes in the place of prompt and answers, `random classes` the same from random weights,
 `numbers` is told the speed and the offset that an instruction asks for in numbers, `no prior` the adapter that ships with
@@ -100,7 +100,9 @@ def classifier_loss(model, samples):
     weights = git_forward.collect(model.base, model.processor.image_processor)
     index, targets, labels = [], [], []
     for i, row in enumerate(rows):
-        for told in [{"instruction": "", "text": row["text"]}, *(row["told"] if model.numbers else [])]:
+        others = row["told"][1:]
+        told_too = row["told"][:1] + ([others[torch.randint(len(others), ())]] if others else [])  # as in `draw_texts`
+        for told in [{"instruction": "", "text": row["text"]}, *(told_too if model.numbers else [])]:
             index.append(i)
             name = told["instruction"]
             targets.append(RACE if name in ("", "garbled") else instructions.target(name))
@@ -168,31 +170,40 @@ def imitate(arm, data):
 
 
 def obeyed(driver, arm):
-    """Share of drives that obey what they are told, in sentences or in numbers, which have no phrasings, by group."""
-    shares, tracks = {}, obedience.TRACKS
+    """Rows of what is obeyed when it is said, in sentences or in numbers, which have no phrasings."""
+    rows, tracks = [], obedience.TRACKS
     for group in ("taught", "new") if arm == "numbers" else ("taught", "held_out", "new"):
-        rows = []
         for name in obedience.CASES[group]:
             numbers = in_numbers(instructions.target(name))
             says = numbers if arm == "numbers" else obedience.sentences(name, group, len(tracks))
             results = drives.drive(driver, tracks, obedience.WHEN + obedience.TOLD, {obedience.WHEN: says})
-            rows.append(obedience.measure(results, name, group)["obeyed"])
-        shares[group] = round(float(np.mean(rows)), 3)
-    return shares
+            rows.append(obedience.measure(results, name, group))
+    return rows
 
 
 def run(arm, seed):
-    """One arm with one seed: how it drives after imitation, over its PPO run and at the end, and what it obeys."""
+    """One arm with one seed: how it drives after imitation, over its PPO run and at the end, and what it obeys then."""
     torch.manual_seed(seed)
     torch.set_num_threads(2)
-    load = imitate(arm, Captions(*(ROOT / folder / "train" for folder in DATA)))
+    data = Captions(*(ROOT / folder / "train" for folder in DATA))
+    load = imitate(arm, data)
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    before = evaluate.summarize(evaluate.evaluate(evaluate.Policy(load()), TRACKS))
+    facts = {"arm": arm, "epochs": EPOCHS, "data": DATA, "captions": len(data)}
+    if arm != "no prior":  # it knows nothing before PPO
+        facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
     told = "words" in arm or arm == "no prior"
     draw = draw_in_numbers if arm == "numbers" else functools.partial(instructions.draw, share=float(told))
-    facts, driver = runs.run(load, seed, TRACKS, evaluations=EVALUATIONS, envs={"draw": draw})
-    facts = {"arm": arm, "epochs": EPOCHS, "data": DATA, "before_ppo": before} | facts
-    return facts | ({"obeyed": obeyed(driver, arm)} if arm in ("words", "numbers") else {})
+    measured, driver = runs.run(load, seed, TRACKS, evaluations=EVALUATIONS, envs={"draw": draw})
+    return facts | measured | ({"obeyed": obeyed(driver, arm)} if told or arm == "numbers" else {})
+
+
+def check_captions():
+    """Raise BadInput unless the captions are those of the last round of the adapter that ships."""
+    learned = checks.read_json(ROOT / ppo.MODEL / "run.json")["inputs"]["data_hash"]
+    if learned != " ".join(run_files.file_hash(ROOT / folder / "train" / "metadata.jsonl") for folder in DATA):
+        raise checks.BadInput(
+            f"DATA = {DATA}: not the captions of {ppo.MODEL}'s last round; docs/customise.md makes them"
+        )
 
 
 def load_runs(folder=OUTPUT):
@@ -215,7 +226,7 @@ def table(found):
         cells.append(", ".join(f"{mean:.1f}" for mean in means))
         cells.append(f"{np.mean([row['laps_finished_percent'] for row in rows]):.0f} %")
         told = [row["obeyed"] for row in rows if "obeyed" in row]
-        shares = [[row[group] for row in told if group in row] for group in groups]
+        shares = [[x["obeyed"] for rows in told for x in rows if x["group"] == group] for group in groups]
         cells += [f"{100 * np.mean(share):.1f} %" if share else "" for share in shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -237,6 +248,7 @@ def draw(found, path):
 
 
 def main():
+    check_captions()
     for seed in SEEDS:
         for arm in ARMS:
             path = OUTPUT / f"{arm}_seed{seed}.json"

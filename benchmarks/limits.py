@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from gymnasium.envs.box2d import car_racing as stock
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import car_racing_env
 import ppo_git_with_prompt as ppo
+from benchmarks import simulator
 from fast import git_forward
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import checks, run_files
@@ -24,7 +26,8 @@ from support import checks, run_files
 BATCH_SIZES = (1, 4, 8)
 REPEATS = 200
 MATRIX = 1024  # rows and columns
-FRAMES = 400
+FRAMES = 400  # of the teacher's drive
+TRACK = 1
 OUTPUT = Path(__file__).with_suffix(".json")
 
 
@@ -56,7 +59,7 @@ def measure_model():
     for size in BATCH_SIZES:
         frames = np.random.default_rng(0).integers(0, 256, (size, 96, 96, 3), dtype=np.uint8)
         model.weights = plain  # the counter knows no packed matrices
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no fused attention
             model(frames)
         model.weights = prepared
         operations, taken = counter.get_total_flops() / size, milliseconds(lambda frames=frames: model(frames)) / size
@@ -72,11 +75,10 @@ def measure_frames():
     """A drawn frame without its physics, beside writing and reading the window's pixels."""
     window = np.zeros((stock.WINDOW_H, stock.WINDOW_W), dtype=np.uint32)
     limit = milliseconds(lambda: window.fill(1)) + milliseconds(window.max)
-    times = {}
+    times, drive = {}, simulator.record_drive(TRACK, FRAMES)
     for draw in (True, False):
-        env = car_racing_env.make_env(1, draw=draw)
-        env.reset(seed=0)
-        actions = iter([3] * 60 + [0, 3] * FRAMES)
+        env, actions = car_racing_env.make_env(1, draw=draw), iter(drive)
+        env.reset(seed=TRACK)
         times[draw] = milliseconds(lambda env=env, actions=actions: env.step(next(actions)), FRAMES)
         env.close()
     taken = times[True] - times[False]

@@ -1,14 +1,19 @@
 """PPO runs that leave no files, for the benchmarks: what the averaged policy scores on the way and at the end."""
 
+import time
+
 import torch
 from tqdm import tqdm
 
+import car_racing_env
 import evaluate
 import GitText2ActionWithPrompt as model_file
+import instructions
 import ppo_git_with_prompt as ppo
 from car_racing_env import FRAME_SKIP
 from support import processes, run_files
 
+LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -19,7 +24,7 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
     parts of it, the last one left out. At another frame skip the discount per frame and the frames per update stay.
     `envs` are arguments of `ppo.make_envs`, `arguments` those of `ppo.train`.
     """
-    num_steps = ppo.NUM_STEPS * FRAME_SKIP // frame_skip
+    began, num_steps = time.time(), ppo.NUM_STEPS * FRAME_SKIP // frame_skip
     frames_per_update = ppo.NUM_ENVS * num_steps * frame_skip
     schedule = {"gamma": ppo.GAMMA ** (frame_skip / FRAME_SKIP), "num_steps": num_steps}
     schedule["total_updates"] = updates = round(frames / frames_per_update)
@@ -37,11 +42,15 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
                 scores = evaluate.evaluate(driver, ppo.EVAL_TRACKS, frame_skip=frame_skip)
                 curve.append({"frames": number * frames_per_update} | evaluate.summarize(scores))
     facts = {"seed": seed, **schedule, "frames": updates * frames_per_update, "curve": curve}
-    return facts | final_score(driver, tracks, frame_skip=frame_skip), driver
+    facts |= {"model": averaged.source, "instructions": instructions.digest()}
+    facts["constants"] = run_files.constants_of(vars(ppo), vars(model_file), vars(car_racing_env))
+    facts |= final_score(driver, tracks, frame_skip=frame_skip)
+    return facts | {"seconds": round(time.time() - began)}, driver
 
 
 def final_score(driver, tracks, **how):
-    """How a driver does on tracks at the end of a run, and where that was measured: a dict."""
+    """How a driver does on tracks at the end of a run, and by which code on which machine: a dict."""
     scores = evaluate.evaluate(driver, tracks, **how)
     facts = {"tracks": [tracks[0], tracks[-1]], **evaluate.summarize(scores)}
-    return facts | {"returns": [round(x["return"], 1) for x in scores]} | run_files.run_facts()
+    facts |= {"returns": [round(x["return"], 1) for x in scores], "ends": [x["end"] for x in scores]}
+    return facts | LOADED

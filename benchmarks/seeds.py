@@ -22,6 +22,7 @@ OUTPUT = Path(__file__).parent / "seeds"
 SEEDS = range(10)
 TRACKS = range(201_000, 201_100)
 RESAMPLES = 10_000
+EARLIER_TEACHER = 300 * 16_384 * FRAME_SKIP
 # of each round of the adapter that ships: frames kept, and of which share of the decisions
 CAPTIONS = (
     (47_000, 0.25),
@@ -84,6 +85,7 @@ def frames():
     captions = sum(kept / share for kept, share in CAPTIONS)
     return {
         "teacher": teacher * train_teacher.NUM_STEPS * FRAME_SKIP,
+        "the teacher before, whose drives git-tiny and the first four rounds saw": EARLIER_TEACHER,
         "git-tiny": round(make_git_tiny.TRAIN_FRAMES / make_git_tiny.KEEP) * FRAME_SKIP,
         "captions": round(captions) * FRAME_SKIP,
         "PPO, each run": runs.FRAMES,
