@@ -114,7 +114,8 @@ class Drive(film.Drive):
 
     def tell(self, sentence):
         """Put an instruction in force."""
-        self.driver.told = SENTENCES.get(sentence, instructions.RACE) if self.name == "teacher" else sentence
+        target = SENTENCES.get(instructions.without_marks(sentence), instructions.RACE)
+        self.driver.told = target if self.name == "teacher" else sentence
 
     def advance(self):
         """One decision, unless the episode has ended."""

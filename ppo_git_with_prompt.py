@@ -69,7 +69,7 @@ EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
-# what a resumed run may change: none of it decides a number, but for the run's length
+# what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows
 MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
 
 
@@ -288,10 +288,8 @@ def train(
         data["advantage"], data["returns"] = compute_gae(*transitions, gamma, GAE_LAMBDA)
         batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
         diagnostics = {"learning_rate": optimizer.param_groups[0]["lr"]}
-        # a backbone's backward pass is worth all cores, the heads alone are not
-        torch.set_num_threads(
-            max(1, os.cpu_count() // accelerator.num_processes) if model.trains_lora else TORCH_THREADS
-        )
+        backward = model.trains_lora and number > WARMUP_UPDATES  # worth all cores; the heads alone are not
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes) if backward else TORCH_THREADS)
         diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up=number <= WARMUP_UPDATES)
         torch.set_num_threads(TORCH_THREADS)
         for name, p in model.trained_parameters().items():

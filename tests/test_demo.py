@@ -57,6 +57,12 @@ def test_a_message_that_the_page_does_not_send_is_not_understood(message):
         demo.understand(message)
 
 
+def test_the_teacher_is_told_what_a_sentence_asks_for():
+    teacher = edit("demo").Drive("teacher", None, 0)
+    teacher.tell("Keep left.")
+    assert teacher.driver.told.side < 0
+
+
 def drive(address):
     """A visitor without a page, and what it is told first."""
     socket = connect(address.replace("http", "ws") + "/drive")
