@@ -44,6 +44,16 @@ class Captions(torch.utils.data.Dataset):
             return np.asarray(image.convert("RGB")), row
 
 
+def one_of(items):
+    """A list of one of the items, drawn, or of none."""
+    return [items[torch.randint(len(items), ())]] if items else []
+
+
+def draw_told(row):
+    """The labelled instructions that one frame is read under: the first, and another one."""
+    return row["told"][:1] + one_of(row["told"][1:])
+
+
 def draw_texts(row, reworded=0.0, wishes=0.0):
     """The texts that one frame is read with in training, as (instruction, question, answer).
 
@@ -52,14 +62,11 @@ def draw_texts(row, reworded=0.0, wishes=0.0):
     `reworded` of the plain questions, and half of it of those under an instruction, are in other words.
     """
 
-    def one_of(items):
-        return [items[torch.randint(len(items), ())]] if items else []
-
     def wording(share):
         return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < share else PROMPT
 
     texts = [("", wording(reworded), row["text"])]
-    for told in row["told"][:1] + one_of(row["told"][1:]):
+    for told in draw_told(row):
         texts.append((told["sentence"], wording(reworded / 2), told["text"]))
     for asked in one_of(row["asked"]):
         asks_for_wish = row["told"] and torch.rand(()) < wishes

@@ -37,9 +37,7 @@ class Rewards:
     miss_penalty: float = 100.0  # subtracted for each tile left behind; the first one costs the lap, some 30 points
     penalty_ramp: float = 0.25  # share of the lap over which both penalties grow from 0: a beginner would stand still
     lap_bonus: float = 100.0  # added by a finished lap: about what driving on would be worth; no frame shows the finish
-    thrown_grace: int = (
-        300  # frames after a throw that turned the car in which neither grass nor missed tiles cost anything
-    )
+    thrown_grace: int = 300  # frames after a throw that turned the car: neither grass nor missed tiles cost anything
     progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
     facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
     # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does, and none left behind

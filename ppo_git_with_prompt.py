@@ -39,7 +39,7 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 
 NUM_ENVS = 8  # simulators
 NUM_WORKERS = 2  # processes that share them; each has a thread here, whose model runs while another one's cars drive
-TORCH_THREADS = 1  # each of these threads computes with as many
+TORCH_THREADS = 1  # each of these threads computes with as many; TRAIN_LORA's updates take all cores
 NUM_STEPS = 512  # decisions per environment and update
 INSTRUCTED_SHARE = 0.5  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
 CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop
@@ -288,9 +288,10 @@ def train(
         data["advantage"], data["returns"] = compute_gae(*transitions, gamma, GAE_LAMBDA)
         batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
         diagnostics = {"learning_rate": optimizer.param_groups[0]["lr"]}
-        backward = model.trains_lora and number > WARMUP_UPDATES  # worth all cores; the heads alone are not
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes) if backward else TORCH_THREADS)
-        diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up=number <= WARMUP_UPDATES)
+        warming_up = number <= WARMUP_UPDATES
+        if model.trains_lora and not warming_up:
+            torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+        diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up)
         torch.set_num_threads(TORCH_THREADS)
         for name, p in model.trained_parameters().items():
             average[name].lerp_(p, 1 - AVERAGE)

@@ -18,7 +18,7 @@ import ppo_git_with_prompt as ppo
 from benchmarks import runs
 from car_racing_env import FRAME_SKIP, REWARDS
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
-from support import checks, run_files
+from support import checks
 
 OUTPUT = Path(__file__).parent / "ablations"
 SEEDS = (1, 2)
@@ -83,10 +83,7 @@ def table(folder=OUTPUT):
 def main():
     for name, changes in CHANGES.items():
         for seed in SEEDS:
-            path = OUTPUT / f"{name}_seed{seed}.json"
-            if not path.exists():
-                print(f"{name}, seed {seed}", flush=True)
-                run_files.write_json(path, run(changes, seed))
+            runs.once(OUTPUT / f"{name}_seed{seed}.json", functools.partial(run, changes, seed))
     print(table())
 
 

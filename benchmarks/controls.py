@@ -1,15 +1,15 @@
 """What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
 
-Each run but the last trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive: `words`
-is git-tiny with a LoRA as in stage 2, `random words` its architecture from random weights, `classes` is git-tiny's image
-encoder with a head of five classes in the place of prompt and answers, `random classes` the same from random weights,
-`numbers` is told the speed and the offset that an instruction asks for in numbers, `no prior` the adapter that ships with
-LANGUAGE_PRIOR = 0.
+Each run trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive:
+`words` is git-tiny with a LoRA as in stage 2, `random words` its architecture from random weights, `classes` is git-tiny's
+image encoder with a head of five classes in the place of prompt and answers, `random classes` the same from random
+weights, `numbers` is told the speed and the offset that an instruction asks for in numbers. `no prior` trains nothing: it
+is the adapter that ships, with LANGUAGE_PRIOR = 0.
 Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
 Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds of
 the adapter that ships (benchmarks/seeds.py) stand beside them.
 
-    python -m benchmarks.controls      # not timed yet; after stage 1, whose captions it reads
+    python -m benchmarks.controls      # not timed yet; after stage 1 for the last round of captions (docs/customise.md)
 """
 
 import functools
@@ -27,7 +27,7 @@ import instructions
 import ppo_git_with_prompt as ppo
 import train_git_lora_carllava_style as stage2
 from benchmarks import drives, obedience, runs, seeds
-from captions import Captions, Collator, draw_texts
+from captions import Captions, Collator, draw_texts, draw_told
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt, device
 from instructions import RACE, TARGET_SIZE, Target
@@ -45,7 +45,6 @@ LEARNING_RATE = 5e-4  # peak of a one-cycle schedule where all weights train; a 
 WEIGHT_DECAY = 0.05
 SEEDS = range(3)
 TRACKS = range(201_000, 201_100)
-EVALUATIONS = 4  # before the end of a run
 ARMS = ("words", "classes", "numbers", "no prior", "random words", "random classes")
 COLORS = dict(zip((*ARMS, "CnnPolicy", "the adapter that ships"), plt.colormaps["tab10"].colors))
 OUTPUT = Path(__file__).parent / "controls"
@@ -100,9 +99,7 @@ def classifier_loss(model, samples):
     weights = git_forward.collect(model.base, model.processor.image_processor)
     index, targets, labels = [], [], []
     for i, row in enumerate(rows):
-        others = row["told"][1:]
-        told_too = row["told"][:1] + ([others[torch.randint(len(others), ())]] if others else [])  # as in `draw_texts`
-        for told in [{"instruction": "", "text": row["text"]}, *(told_too if model.numbers else [])]:
+        for told in [{"instruction": "", "text": row["text"]}, *(draw_told(row) if model.numbers else [])]:
             index.append(i)
             name = told["instruction"]
             targets.append(RACE if name in ("", "garbled") else instructions.target(name))
@@ -174,9 +171,10 @@ def obeyed(driver, arm):
     rows, tracks = [], obedience.TRACKS
     for group in ("taught", "new") if arm == "numbers" else ("taught", "held_out", "new"):
         for name in obedience.CASES[group]:
-            numbers = in_numbers(instructions.target(name))
-            says = numbers if arm == "numbers" else obedience.sentences(name, group, len(tracks))
-            results = drives.drive(driver, tracks, obedience.WHEN + obedience.TOLD, {obedience.WHEN: says})
+            said = obedience.sentences(name, group, len(tracks))
+            if arm == "numbers":
+                said = in_numbers(instructions.target(name))
+            results = drives.drive(driver, tracks, obedience.WHEN + obedience.TOLD, {obedience.WHEN: said})
             rows.append(obedience.measure(results, name, group))
     return rows
 
@@ -193,7 +191,7 @@ def run(arm, seed):
         facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
     told = "words" in arm or arm == "no prior"
     draw = draw_in_numbers if arm == "numbers" else functools.partial(instructions.draw, share=float(told))
-    measured, driver = runs.run(load, seed, TRACKS, evaluations=EVALUATIONS, envs={"draw": draw})
+    measured, driver = runs.run(load, seed, TRACKS, evaluations=ppo.EVALUATIONS, envs={"draw": draw})
     return facts | measured | ({"obeyed": obeyed(driver, arm)} if told or arm == "numbers" else {})
 
 
@@ -251,12 +249,10 @@ def main():
     check_captions()
     for seed in SEEDS:
         for arm in ARMS:
-            path = OUTPUT / f"{arm}_seed{seed}.json"
-            if not path.exists():
-                print(f"{arm}, seed {seed}", flush=True)
-                run_files.write_json(path, run(arm, seed))
-    print(table(load_runs()))
-    draw(load_runs(), OUTPUT.with_suffix(".png"))
+            runs.once(OUTPUT / f"{arm}_seed{seed}.json", functools.partial(run, arm, seed))
+    found = load_runs()
+    print(table(found))
+    draw(found, OUTPUT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
     return facts | {"seconds": round(time.time() - began)}, driver
 
 
+def once(path, run):
+    """Write what `run()` returns to a json file, unless it is there."""
+    if not path.exists():
+        print(path.stem, flush=True)
+        run_files.write_json(path, run())
+
+
 def final_score(driver, tracks, **how):
     """How a driver does on tracks at the end of a run, and by which code on which machine: a dict."""
     scores = evaluate.evaluate(driver, tracks, **how)

@@ -47,6 +47,7 @@ class Curve(BaseCallback):
         self.rows, self.averaged = [], copy.deepcopy(agent.policy)
 
     def average(self):
+        """Let the average follow the weights, as it does after each of our updates."""
         for average, p in zip(self.averaged.parameters(), self.model.policy.parameters(), strict=True):
             average.data.lerp_(p.data, 1 - ppo.AVERAGE)
 
@@ -58,7 +59,7 @@ class Curve(BaseCallback):
         frames = self.num_timesteps * FRAME_SKIP
         if frames:
             self.average()
-        if frames >= len(self.rows) * runs.FRAMES // controls.EVALUATIONS:
+        if frames >= len(self.rows) * runs.FRAMES // ppo.EVALUATIONS:
             self.rows.append({"frames": frames} | evaluate.score(Driver(self.averaged), ppo.EVAL_TRACKS))
 
 
@@ -83,20 +84,15 @@ def run(seed):
     agent.get_env().close()
     curve.average()
     facts = {"arm": NAME, "seed": seed, "frames": agent.num_timesteps * FRAME_SKIP, "curve": curve.rows}
-    facts |= {
-        "constants": run_files.constants_of(globals(), vars(ppo)),
-        "stable_baselines3": stable_baselines3.__version__,
-    }
+    facts["constants"] = run_files.constants_of(globals(), vars(ppo))
+    facts["stable_baselines3"] = stable_baselines3.__version__
     facts |= runs.final_score(Driver(curve.averaged), controls.TRACKS)
     return facts | {"seconds": round(time.time() - began)}
 
 
 def main():
     for seed in controls.SEEDS:
-        path = controls.OUTPUT / f"{NAME}_seed{seed}.json"
-        if not path.exists():
-            print(f"seed {seed}", flush=True)
-            run_files.write_json(path, run(seed))
+        runs.once(controls.OUTPUT / f"{NAME}_seed{seed}.json", functools.partial(run, seed))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from benchmarks import runs
 from car_racing_env import FRAME_SKIP
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from offline import make_git_tiny, train_teacher
-from support import checks, run_files
+from support import checks
 
 OUTPUT = Path(__file__).parent / "seeds"
 SEEDS = range(10)
 TRACKS = range(201_000, 201_100)
 RESAMPLES = 10_000
-EARLIER_TEACHER = 300 * 16_384 * FRAME_SKIP
+EARLIER_TEACHER = (
+    300 * 16_384 * FRAME_SKIP
+)  # frames it was trained on: git-tiny and the first four rounds saw its drives
 # of each round of the adapter that ships: frames kept, and of which share of the decisions
 CAPTIONS = (
     (47_000, 0.25),
@@ -85,22 +87,25 @@ def frames():
     captions = sum(kept / share for kept, share in CAPTIONS)
     return {
         "teacher": teacher * train_teacher.NUM_STEPS * FRAME_SKIP,
-        "the teacher before, whose drives git-tiny and the first four rounds saw": EARLIER_TEACHER,
+        "the teacher before": EARLIER_TEACHER,
         "git-tiny": round(make_git_tiny.TRAIN_FRAMES / make_git_tiny.KEEP) * FRAME_SKIP,
         "captions": round(captions) * FRAME_SKIP,
         "PPO, each run": runs.FRAMES,
     }
 
 
+def run(seed):
+    """The default run, and its averaged policy on TRACKS."""
+    make = functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL)
+    return runs.run(make, seed, TRACKS, evaluations=ppo.EVALUATIONS)[0]
+
+
 def main():
     for seed in SEEDS:
-        path = OUTPUT / f"seed{seed}.json"
-        if not path.exists():
-            print(f"seed {seed}", flush=True)
-            make = functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL)
-            run_files.write_json(path, runs.run(make, seed, TRACKS, evaluations=4)[0])
-    print(table(load()))
-    for name, value in (summarize(load()) | {"frames": frames()}).items():
+        runs.once(OUTPUT / f"seed{seed}.json", functools.partial(run, seed))
+    rows = load()
+    print(table(rows))
+    for name, value in (summarize(rows) | {"frames": frames()}).items():
         print(f"{name}: {value}")
 
 

@@ -99,17 +99,13 @@ class FastCarRacing(stock.CarRacing):
         smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), bar.get_size(), bar)
         np.copyto(pixels2d(narrow)[:, :rows], pixels2d(upside_down)[:, ::-1])
         picture = smoothscale(narrow, (stock.STATE_W, stock.STATE_H))
-        return (
-            np.frombuffer(pygame.image.tobytes(picture, "RGB"), np.uint8)
-            .reshape(stock.STATE_H, stock.STATE_W, 3)
-            .copy()
-        )
+        packed = np.frombuffer(pygame.image.tobytes(picture, "RGB"), np.uint8)
+        return packed.reshape(stock.STATE_H, stock.STATE_W, 3).copy()  # the bytes are read-only
 
     def _draw_car(self, scene, zoom, translation, cos, sin):
         """`Car.draw` without skid marks, all corners moved at once, in the single precision of Box2D."""
         corners, owners, polygons = self._car_polygons
-        bodies = self.car.drawlist
-        hidden = set()
+        corners, bodies, hidden = corners.copy(), self.car.drawlist, set()
         for i, wheel in enumerate(bodies[:4]):
             ends = wheel.phase, wheel.phase + 1.2  # of the white stripe, radians
             behind = [math.sin(end) > 0 for end in ends]
@@ -133,7 +129,7 @@ class FastCarRacing(stock.CarRacing):
     def _car_polygons(self):
         """Of the car: corners in their bodies, float32 (N, 2), the bodies' numbers (N,), and polygons `(first, last, color)`.
 
-        Each wheel is followed by its white stripe, whose height changes.
+        Each wheel is followed by its white stripe, which gets its height when it is drawn.
         """
         corners, owners, polygons = [], [], []
         for number, body in enumerate(self.car.drawlist):

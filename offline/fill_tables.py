@@ -155,17 +155,16 @@ def fill_page(text):
 
 def replace(heading, table, text):
     """The page with `table` in the place of the next one below `heading`, if it has both."""
-    start = text.find("\n| ", text.find(heading)) + 1
-    return text if heading not in text else text[:start] + table + text[text.index("\n\n", start) :]
+    start = text.find("\n| ", text.index(heading)) if heading in text else -1
+    return text if start < 0 else text[: start + 1] + table + text[text.index("\n\n", start + 1) :]
 
 
 def fill_runs(text):
     """The tables that their benchmarks write, each below the heading that names its runs; what ten seeds say together."""
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
-    if seeds.load():
-        text = replace("## Ten seeds", seeds.table(seeds.load()), text)
-        told = seeds.summarize(seeds.load())
+    if rows := seeds.load():
+        text, told = replace("## Ten seeds", seeds.table(rows), text), seeds.summarize(rows)
         cells = {
             "mean (95 % interval)": "{mean} ({interval[0]} to {interval[1]})".format(**told),
             "worst seed": min(told["seeds"].values()),
@@ -173,8 +172,8 @@ def fill_runs(text):
             "finished laps": f"{told['laps_finished_percent']} %",
         }
         text = fill("| ten seeds", lambda i, name: [str(cells[name])], text)
-    if controls.load_runs():
-        text = replace("## What words add", controls.table(controls.load_runs()), text)
+    if found := controls.load_runs():
+        text = replace("## What words add", controls.table(found), text)
     return text
 
 

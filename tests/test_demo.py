@@ -135,7 +135,8 @@ def test_the_page(visit, tmp_path):
     wait_for(lambda: speed(page) < 2)
     assert page.inner_text("#told") == "Stop." and page.inner_text(".answer") == "Brake"
     assert other.inner_text("#told") == "nothing" and speed(other) > 30
-    page.wait_for_timeout(1500), enter(page, "#question", "How fast is the car?")  # it stands for sure
+    page.wait_for_timeout(1500)  # it stands for sure
+    enter(page, "#question", "How fast is the car?")
     page.wait_for_selector("#replies dd")
     assert page.inner_text("#replies dd") == "The car stands still."
     enter(page, "#sentence", "Drive on.")
