@@ -163,7 +163,8 @@ class GitText2ActionWithPrompt(nn.Module):
         check_same(f"{folder}/", facts, task(), remedy)
         head = {name: facts.get(name) for name in HEAD_FACTS}
         model = cls.from_pretrained(facts.get("adapter") or facts.get("base_model"), **head)
-        check_same(f"{folder}/", facts, {"adapter_hash": model.source["adapter_hash"]}, remedy)
+        made_on = {name: model.source[name] for name in ("base_fingerprint", "adapter_hash")}
+        check_same(f"{folder}/", facts, made_on, remedy)
         if facts.get("lora_rank"):
             model.add_lora(facts["lora_rank"], facts["lora_alpha"])
         model.load_trained(weights, f"{folder}/policy.safetensors")

@@ -159,10 +159,12 @@ class TrainingRewards(gym.Wrapper):
         base = self.unwrapped
         touched = [tile.idx for wheel in base.car.wheels for tile in wheel.tiles]
         self.grass_frames = 0 if touched else self.grass_frames + self.frame_skip
-        # the start line lies behind the car: a tile far ahead of the furthest one is one behind it
-        self.furthest_tile = max([self.furthest_tile, *(i for i in touched if i - self.furthest_tile < 30)])
+        # the start line lies behind the car: a tile more than half a lap ahead of the furthest one is one behind it
+        ahead = (i for i in touched if i - self.furthest_tile < len(base.track) / 2)
+        self.furthest_tile = max([self.furthest_tile, *ahead])
         missed = max(self.missed_tiles, self.furthest_tile + 1 - base.tile_visited_count)
-        newly_missed, self.missed_tiles = missed - self.missed_tiles, missed
+        # a car that cuts across pays for 30 tiles at most: it should not set the scale of all rewards
+        newly_missed, self.missed_tiles = min(30, missed - self.missed_tiles), missed
         ramp = max(1.0, self.rewards.penalty_ramp * len(base.track))
         return newly_missed, self.grass_frames, min(1.0, base.tile_visited_count / ramp)
 

@@ -210,6 +210,8 @@ def main():
     output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     load_drivers(POLICY)  # what is missing fails here, not in a worker
     facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER), "instructions": instructions.digest()}
+    weights = sorted((ROOT / POLICY).glob("*.safetensors"))  # none where the teacher drives
+    facts |= {f"driver_{path.stem}_hash": run_files.file_hash(path) for path in weights}
     run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
     print(f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the shipped "
           f"sample comes back with: git checkout {OUTPUT_DIR}), 2 to 6 minutes for 47,000 on two CPU cores")  # fmt: skip

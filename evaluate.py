@@ -10,6 +10,7 @@ The task is the plain one: no training rewards, no early stop, 1000 frames at mo
 import collections
 import contextlib
 import functools
+import re
 import threading
 import time
 import zlib
@@ -237,7 +238,7 @@ def main():
         "seeds": [*tracks],
     }
     facts |= summary | run_files.run_facts() | {"seconds": round(time.time() - began, 1)} | lists
-    name = "_".join([DRIVER, str(FIRST_TRACK), *instructions.without_marks(INSTRUCTION).split()])
+    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"[a-z0-9]+", INSTRUCTION.lower())])
     run_files.write_json(results_dir / f"eval_{name}.json", facts)
     print("{mean:.1f} ± {std:.1f}, min {min:.0f}, {laps_finished_percent:.0f} % laps".format(**summary))
     print(f"wrote {RESULTS_DIR}/eval_{name}.json")

@@ -54,7 +54,7 @@ GAMMA = 0.98  # per decision, two seconds ahead: what a frame shows; further on 
 GAE_LAMBDA = 0.95
 CLIP = 0.2
 ENTROPY_COEF = 0.0
-KL_COEF = 0.01  # pull towards the language model's answers
+KL_COEF = 0.01  # pull towards the prior: the model's answers, or with LANGUAGE_PRIOR = 0 an even spread
 VALUE_COEF = 0.5
 MAX_GRAD_NORM = 0.5
 AVERAGE = 0.9  # decay per update of the averaged weights, which are evaluated and kept
@@ -206,10 +206,10 @@ def compute_loss(model, batch, mean_advantage, warming_up):
     advantage = batch["advantage"] - mean_advantage
     terms = ppo_losses(logits, value, batch["action"], batch["log_prob"], advantage, batch["returns"], CLIP)
     log_probs, prior = logits.log_softmax(-1), model.prior(batch["answer_log_probs"]).log_softmax(-1)
-    terms["kl_to_answers"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
+    terms["kl_to_prior"] = (log_probs.exp() * (log_probs - prior)).sum(-1).mean()
     loss = VALUE_COEF * terms["value_loss"]
     if not warming_up:
-        loss = loss + terms["policy_loss"] + KL_COEF * terms["kl_to_answers"] - ENTROPY_COEF * terms["entropy"]
+        loss = loss + terms["policy_loss"] + KL_COEF * terms["kl_to_prior"] - ENTROPY_COEF * terms["entropy"]
     return loss, terms
 
 

@@ -174,6 +174,7 @@ def make_trainer(git, processor, data, report):
         seed=SEED,
         ddp_timeout=6 * 3600,  # seconds: the others wait while the first process validates
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several it would copy the model onto each, without its pass
     return Trainer(git, arguments, data_collator=Collator(processor, texts), train_dataset=data, callbacks=[report])
 
 
@@ -210,6 +211,7 @@ def main():
     metadata = [ROOT / folder / "train" / "metadata.jsonl" for folder in (DATA_DIR, *MORE_DATA)]
     data_hash = " ".join(map(run_files.file_hash, metadata))
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
+    inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}
     run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)
     results = run_files.check_writable(ROOT / RESULTS_DIR)
     output = run_files.check_own(ROOT / OUTPUT_DIR, script, results, checkpoint_dir)

@@ -74,7 +74,7 @@ def attach_adapter(git, adapter, trainable=False):
 
 
 def load_with_adapter(adapter, task):
-    """The base that an adapter folder names with the adapter merged into it, the processor, and the base's name.
+    """The base that an adapter folder names with the adapter merged into it, the processor, and the base's name and hash.
 
     BadInput if the adapter was not trained for `task`, or not on that base.
     """
@@ -84,18 +84,20 @@ def load_with_adapter(adapter, task):
     )
     remedy = "restore that base, or rerun train_git_lora_carllava_style.py"
     git, processor = load_base(facts.get("base_model", ""))
-    check_same(f"{adapter}/", facts, {"base_fingerprint": fingerprint(git)}, remedy)
-    return attach_adapter(git, adapter).merge_and_unload(), processor, facts["base_model"]
+    base = {"base_model": facts["base_model"], "base_fingerprint": fingerprint(git)}
+    check_same(f"{adapter}/", facts, base, remedy)
+    return attach_adapter(git, adapter).merge_and_unload(), processor, base
 
 
 def load_git(name, task):
     """A base, or the base that an adapter folder names with the adapter merged, its processor, and where they come from."""
     adapter = ROOT / name
     if (adapter / TASK_FILE).exists():
-        git, processor, base_model = load_with_adapter(adapter, task)
-        source = {"base_model": base_model, "adapter": name}
-        return git, processor, source | {"adapter_hash": file_hash(adapter / "adapter_model.safetensors")}
-    return *load_base(name), {"base_model": name, "adapter": "", "adapter_hash": ""}
+        git, processor, base = load_with_adapter(adapter, task)
+        source = {"adapter": name, "adapter_hash": file_hash(adapter / "adapter_model.safetensors")}
+        return git, processor, base | source
+    git, processor = load_base(name)
+    return git, processor, {"base_model": name, "base_fingerprint": fingerprint(git), "adapter": "", "adapter_hash": ""}
 
 
 def last_complete_checkpoint(folder):

@@ -22,7 +22,7 @@ LOSSES = {  # column of update_log.csv: its title
     "policy_loss": "policy loss",
     "value_loss": "value loss",
     "entropy": "entropy of the policy (nats)",
-    "kl_to_answers": "KL to the answers (nats)",
+    "kl_to_prior": "KL to the prior (nats)",
 }
 DIAGNOSTICS = {
     "approx_kl": "KL of one update (nats)",

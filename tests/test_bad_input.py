@@ -81,6 +81,7 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     *((PPO, {"RESUME": True}, "results/state.pt", spoil, "state.pt") for spoil in (remove, damage, bomb)),
     (EVALUATE, {}, "results/policy", remove, "results/policy"),
     (EVALUATE, {}, POLICY_FACTS, replace('adapter_hash": "', 'adapter_hash": "0'), "adapter_hash"),
+    (EVALUATE, {}, POLICY_FACTS, ANOTHER_BASE, "base_fingerprint"),
     *((EVALUATE, {}, POLICY, spoil, POLICY) for spoil in HURT),
 ]
 for stage, path in ((STAGE2, DATA_TASK), (PPO, ADAPTER_TASK), (EVALUATE, POLICY_FACTS)):

@@ -107,15 +107,18 @@ def test_a_finished_lap_pays_the_bonus():
     assert summary["end"] == "lap" and paid == pytest.approx(summary["return"] + FLAT.lap_bonus)
 
 
-def test_a_tile_left_behind_costs():
-    """Jump over some tiles: each counts once."""
+@pytest.mark.parametrize("tiles", [6, 50])
+def test_a_tile_left_behind_costs(tiles):
+    """Jump over some tiles: each counts once, 30 at most at a time."""
     env = after_gas(TrainingRewards(make_env(2, draw=False), 0, FLAT))
     assert env.missed_tiles == 0
-    _, heading, x, y = env.unwrapped.track[env.furthest_tile + 6]
+    _, heading, x, y = env.unwrapped.track[env.furthest_tile + tiles]
     car = env.unwrapped.car
     move_car(car, heading - car.hull.angle, np.array([x, y]) - car.hull.position, np.zeros(2))
     total = sum(env.step(0)[1] for _ in range(3))
-    assert env.missed_tiles >= 3 and -10 * env.missed_tiles < total < -10 * env.missed_tiles + 20
+    assert tiles - 3 <= env.missed_tiles <= tiles
+    charged = 10 * min(env.missed_tiles, 30)
+    assert -charged < total < -charged + 20
 
 
 def test_moving_the_car_is_a_rigid_motion():
