@@ -79,7 +79,7 @@ def answer_for(action, car):
 
 
 class Settings(NamedTuple):
-    """How an episode is driven and labelled; the fields are the constants."""
+    """How an episode is driven and labelled: the constants, for worker processes, which import this file anew."""
 
     policy: str = POLICY
     answer_by: str = ANSWER_BY
