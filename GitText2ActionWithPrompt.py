@@ -28,7 +28,7 @@ from fast import git_forward
 from support import cards
 from support.checkpoints import load_git, picture_size
 from support.checks import BadInput, check_same, read_json, read_weights
-from support.run_files import write_file, write_json
+from support.run_files import ROOT, write_file, write_json
 
 PROMPT = "What should the vehicle do in this scenario?"
 # in logit order: no-op, accelerate, left, right, brake -> the simulator's own index (its 1 is right and its 2 is left)
@@ -179,7 +179,8 @@ class GitText2ActionWithPrompt(nn.Module):
         weights = {name: p.contiguous() for name, p in self.trained_parameters().items()}
         write_file(folder / "policy.safetensors", save(weights))
         write_json(folder / "policy.json", facts)
-        write_file(folder / "README.md", cards.policy_card(folder, facts).encode())
+        shown = folder.resolve().relative_to(ROOT) if folder.resolve().is_relative_to(ROOT) else folder
+        write_file(folder / "README.md", cards.policy_card(shown, facts).encode())
 
     def trained_parameters(self):
         """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA if there is one."""

@@ -72,7 +72,7 @@ def drive(driver, track_seed, heat_map=False):
     car = Drive(driver, track_seed)
     while not car.end:
         action, answer, probabilities = car.decide()
-        prompt = f"{driver.told}\n{driver.model.question}".strip() if car.reads else ""
+        prompt = f"{driver.told} {driver.model.question}".strip() if car.reads else ""
         frame, name = car.picture(heat_map), answer_of(action)
         picture = compose(frame, prompt, answer, car.scene, name, probabilities, car.speed, car.total)
         car.step(action)
@@ -153,7 +153,7 @@ def compose(frame, prompt, answer, scene, action, probabilities, speed, total):
     grey, white, green, orange = (150, 158, 168), (240, 242, 245), (120, 220, 140), (255, 190, 90)
     text((12, 404), prompt, fill=grey)
     if answer is not None:
-        draw.text((12, 430 + 14 * prompt.count("\n")), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
+        draw.text((12, 430), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
     differs = answer is not None and ANSWERS.get(answer) != ANSWERS[action]
     text((12, 466), scene, fill=grey)
     text((12, 486), f"action   {action}", fill=orange if differs else white)

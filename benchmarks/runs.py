@@ -11,7 +11,7 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import ppo_git_with_prompt as ppo
 from car_racing_env import FRAME_SKIP
-from support import processes, run_files
+from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
@@ -49,10 +49,13 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
 
 
 def once(path, run):
-    """Write what `run()` returns to a json file, unless it is there."""
+    """Write what `run()` returns to a json file, unless it is there; of bad input it says so, and the next run has its turn."""
     if not path.exists():
         print(path.stem, flush=True)
-        run_files.write_json(path, run())
+        try:
+            run_files.write_json(path, run())
+        except checks.BadInput as error:
+            print(f"{path.stem} is left out: {error}", flush=True)
 
 
 def final_score(driver, tracks, **how):

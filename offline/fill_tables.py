@@ -5,7 +5,6 @@ Reads their files and the tables' first cells, which say what a row is about: a 
     python -m offline.fill_tables      # a second
 """
 
-import functools
 import re
 
 import numpy as np
@@ -33,17 +32,17 @@ def percent(share):
 def fill(heading, cells, text):
     """The page with new cells in the table whose first line begins with `heading`, if it has one.
 
-    `cells` returns those of a row, but for its first one, or None to leave it, from the number and the first cell of it.
+    `cells` returns those of a row, but for its first one, or None to leave it, from its first cell.
     """
     start = text.find(heading)
     if start < 0:
         return text
     end = text.find("\n\n", start)
     lines = text[start:end].split("\n")
-    for i, line in enumerate(lines[2:]):
+    for i, line in enumerate(lines[2:], 2):
         name = line.split("|")[1].strip()
-        new = cells(i, name)
-        lines[2 + i] = line if new is None else f"| {' | '.join([name, *new])} |"
+        new = cells(name)
+        lines[i] = line if new is None else f"| {' | '.join([name, *new])} |"
     return text[:start] + "\n".join(lines) + text[end:]
 
 
@@ -62,10 +61,14 @@ def fill_scores(text):
 def fill_training(text):
     means = [float(row["mean"]) for row in read_log(PUBLISHED / "eval_log.csv") if row["driver"] == "policy"]
     text = MEANS.sub(lambda match: match[1] + " -> ".join(f"{mean:.1f}" for mean in means), text)
-    epochs = [row for folder in ("", *ROUNDS) for row in read_log(PUBLISHED / folder / "lora_log.csv")[1:]]
+    epochs = {}
+    for folder in ("", *ROUNDS):
+        rows = read_log(PUBLISHED / folder / "lora_log.csv")[1:]
+        name = folder.replace("_", " ")  # "1", "second round", "fifth round, 2"
+        epochs |= {name if name and len(rows) == 1 else f"{name}, {row['epoch']}".lstrip(", "): row for row in rows}
 
-    def losses(i, name):
-        row = epochs[i]
+    def losses(name):
+        row = epochs[name]
         return [*(f"{float(row[x]):.3f}" for x in ("average_loss", "validation_loss")), percent(row["exact_match"])]
 
     return fill("| epoch |", losses, text)
@@ -83,11 +86,11 @@ def fill_obedience(text):
     groups |= {"told nothing, judged as if told": "nothing"}
     drivers = ("answers", "policy", "teacher")[: 3 if "| teacher |" in text else 2]
 
-    def means(i, name):
+    def means(name):
         each = [[x for key, x in rows.items() if key[:2] == (driver, groups[name])] for driver in drivers]
         return [percent(np.mean(obeyed)) if obeyed else "" for obeyed in each]
 
-    def shares(i, name):
+    def shares(name):
         new = (name not in obedience.CASES["taught"]) and "new"
         columns = [(driver, group) for driver in ("answers", "policy") for group in ("taught", new or "held_out")]
         columns += [("policy", "nothing"), ("teacher", new or "taught")]
@@ -103,7 +106,7 @@ def fill_contradictions(text):
         if x["group"] == "contradictory"
     }
 
-    def obeyed(i, names):
+    def obeyed(names):
         row, pair = rows[names.replace(", ", " + ")], names.split(", ")
         shares = [percent(row[f"obeyed_{name}"]) for name in pair]
         return [*shares, f"{row['mean_speed']:.0f}", f"{row['mean_offset']:.1f}"]
@@ -115,32 +118,35 @@ def fill_learned(text):
     """Exact answers by kind of instruction, in the last row of the last round's log."""
     row = read_log(PUBLISHED / ROUNDS[-1] / "lora_log.csv")[-1]
     return fill(
-        "| kind |", lambda i, kind: [percent(row[f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], text
+        "| kind |", lambda kind: [percent(row[f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], text
     )
 
 
 def fill_benchmarks(text):
     recovery, prompts = (read_json(BENCHMARKS / f"{name}.json") for name in ("recovery", "prompts"))
-    shifts = list(read_json(BENCHMARKS / "shifts.json")["shifts"].values())
-    agreement = read_json(BENCHMARKS / "agreement.json")
+    shifts, agreement = read_json(BENCHMARKS / "shifts.json")["shifts"], read_json(BENCHMARKS / "agreement.json")
 
-    def came_back(i, angles):
+    def came_back(angles):
         policy, teacher = (recovery[driver][angles.removeprefix("all of ")] for driver in ("policy", "teacher"))
         shares = (policy["came_back"], policy["by_short_cut"], teacher["came_back"], teacher["by_short_cut"])
         return [str(policy["drives"]), *map(percent, (*shares, policy["coasting"]))]
 
-    def lost(i, group):
+    def lost(group):
         rows = [prompts[driver]["groups"][group] for driver in ("answers", "policy")]
         cells = [(f"{x['mean']:.1f}", f"{x['loss']:.1f} ± {x['loss_standard_error']:.1f}") for x in rows]
         return [str(rows[0]["sentences"]), *cells[0], *cells[1]]
 
-    def agreed(i, answer):
+    def shifted(name):
+        drivers = next(shifts[word] for word in re.findall(r"\w+", name) if word in shifts)
+        return [score(drivers["answers"]), score(drivers["policy"])]
+
+    def agreed(answer):
         rows = [agreement[when][answer] for when in ("before_ppo", "after_ppo")]
         return [f"{rows[0]['decisions']:,}", *(percent(row["agreement"]) for row in rows)]
 
     text = fill("| turned by", came_back, text)
     text = fill("| asked |", lost, text)
-    text = fill("| picture |", lambda i, name: [score(shifts[i]["answers"]), score(shifts[i]["policy"])], text)
+    text = fill("| picture |", shifted, text)
     changed = "\n".join(f"| {change} | {count} |" for change, count in agreement["changes"].items())
     text = re.sub(
         r"(\| the model says -> the policy does \| decisions \|\n\|[-|]*\n)[^\n]*(?:\n\|[^\n]*)*", rf"\1{changed}", text
@@ -149,14 +155,16 @@ def fill_benchmarks(text):
 
 
 def fill_page(text):
-    rows = [[*map(str, row.values())] for row in read_json(BENCHMARKS / "page.json")["together"]]
-    return fill("| visitors", lambda i, name: rows[i][1:], text)
+    rows = {
+        str(row["sessions"]): [*map(str, row.values())][1:] for row in read_json(BENCHMARKS / "page.json")["together"]
+    }
+    return fill("| visitors", rows.get, text)
 
 
 def replace(heading, table, text):
-    """The page with `table` in the place of the next one below `heading`, if it has both."""
-    start = text.find("\n| ", text.index(heading)) if heading in text else -1
-    return text if start < 0 else text[: start + 1] + table + text[text.index("\n\n", start + 1) :]
+    """The page with `table` in the place of the first one in the section `heading`, if it has both."""
+    section = re.compile(rf"(^{heading}\n(?:(?!#|\|).*\n)*)(?:\|.*\n)+", re.MULTILINE)
+    return section.sub(lambda match: f"{match[1]}{table}\n", text)
 
 
 def fill_runs(text):
@@ -171,7 +179,7 @@ def fill_runs(text):
             "drives below 500": f"{told['below_500_percent']} %",
             "finished laps": f"{told['laps_finished_percent']} %",
         }
-        text = fill("| ten seeds", lambda i, name: [str(cells[name])], text)
+        text = fill("| ten seeds", lambda name: [str(cells[name])], text)
     if found := controls.load_runs():
         text = replace("## What words add", controls.table(found), text)
     return text
@@ -179,12 +187,16 @@ def fill_runs(text):
 
 def filled(text):
     """A page's text with its tables filled anew."""
-    steps = (fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page)
-    return functools.reduce(lambda text, step: step(text), (*steps, fill_runs, fill_scores_of_readme), text)
+    for fill_some in (
+        fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page, fill_runs,
+        fill_scores_of_readme,
+    ):  # fmt: skip
+        text = fill_some(text)
+    return text
 
 
 def fill_scores_of_readme(text):
-    """Rows of docs/results.md without the links."""
+    """Rows of docs/results.md without the links, for a page that has none."""
     if SCORE.search(text):
         return text
     rows = [line.split("|") for line in fill_scores((ROOT / "docs" / "results.md").read_text()).splitlines()]
@@ -193,7 +205,7 @@ def fill_scores_of_readme(text):
         for row in rows
         if len(row) > 2
     }
-    return fill("| driver | held out", lambda i, name: plain.get(name), text)
+    return fill("| driver | held out", plain.get, text)
 
 
 def main():

@@ -10,7 +10,6 @@ drives: a model that has read a book knows that left is not right. What to do ab
 """
 
 import functools
-import json
 import re
 import shutil
 import string
@@ -287,9 +286,8 @@ def evaluate(model, frames, texts, motion):
     return {key: round(share, 3) for key, share in shares.items()}, float(np.mean(losses))
 
 
-def save(model, run, loss, validation_loss, accuracy):
-    """Write OUTPUT_DIR: weights, processor, card and run.json."""
-    output = ROOT / OUTPUT_DIR
+def save(model, output, run, loss, validation_loss, accuracy):
+    """Write the folder `output`: weights, processor, card and run.json."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.git.save_pretrained(partial)
@@ -312,8 +310,9 @@ def save(model, run, loss, validation_loss, accuracy):
 def main():
     began = time.time()
     torch.manual_seed(SEED)
+    output = ROOT / OUTPUT_DIR
     if OUTPUT_DIR != SHIPPED:
-        run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
+        output = run_files.check_own(output, Path(__file__).name)
     run = run_files.describe_run(
         globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
     )
@@ -332,29 +331,30 @@ def main():
     optimizer = torch.optim.AdamW(model.git.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(frames) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
-    parts, losses, first = {"git": model.git, "optimizer": optimizer, "schedule": schedule}, [], 0
+    parts, first = {"git": model.git, "optimizer": optimizer, "schedule": schedule}, 0
+    losses, scores = [], {}
     if RESUME:
         state = run_files.load_state(STATE)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        first, losses = state["step"], state["losses"]
+        first, losses, scores = state["step"], state["losses"], state["scores"]
         torch.set_rng_state(state["rng"])
     for step, rows in (bar := tqdm(batches(len(frames), first), initial=first, total=steps, mininterval=10)):
         rng, last_epoch = np.random.default_rng([SEED, step]), step >= steps - steps // EPOCHS
         told = [instructions.draw(rng, varied_share=VARIED) for _ in range(WISHES + FITS if last_epoch else 0)]
         losses.append(train_step(model, optimizer, schedule, *train, rows, told))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-        if (step + 1) % SAVE_EVERY == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            run_files.save_state(STATE, state | {"step": step + 1, "losses": losses, "rng": torch.get_rng_state()})
         if (step + 1) % (steps // EPOCHS) == 0:
             accuracy, validation_loss = evaluate(model, *validation)
             loss = float(np.mean(losses[-(steps // EPOCHS) :]))
-            tqdm.write(
-                f"epoch {(step + 1) * EPOCHS // steps}: loss {loss:.4f} validation {validation_loss:.4f} {json.dumps(accuracy)}"
-            )
+            scores = {"loss": loss, "validation_loss": validation_loss, "accuracy": accuracy}
+            tqdm.write(f"epoch {(step + 1) * EPOCHS // steps}: {scores}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step + 1, "losses": losses, "scores": scores, "rng": torch.get_rng_state()}
+            run_files.save_state(STATE, state)
+    save(model, output, run, **scores)
     STATE.unlink(missing_ok=True)
-    save(model, run, loss, validation_loss, accuracy)
     print(
         f"wrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s; next: python collect_captions.py, then "
         "python train_git_lora_carllava_style.py"

@@ -50,7 +50,7 @@ def side_by_side(left, right, path):
     pictures = []
     for i in [*decisions, len(right) - 1]:
         both = Image.new("RGB", (2 * PANEL_WIDTH + 6, left[0].height), "white")
-        both.paste(left[i], (0, 0))
+        both.paste(left[min(i, len(left) - 1)], (0, 0))
         both.paste(right[i], (PANEL_WIDTH + 6, 0))
         pictures.append(both)
     palette = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures[::8]])).quantize(COLORS)

@@ -20,7 +20,7 @@ FILES = (
     "run.json reward_log.csv update_log.csv eval_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
     f"{ROUND}/lora_log.csv"
 ).split()
-CONFUSION = ("lora_confusion.png", "lora_confusion.csv")  # of the last round
+CONFUSION = ("lora_confusion.png", "lora_confusion.csv")  # of the last round, beside the run's own files
 
 
 def made_by(run):
@@ -37,17 +37,17 @@ All constants and versions: [run.json](../run.json). Scores over 100 tracks: [va
 
 def main():
     results, published = ROOT / RESULTS_DIR, ROOT / "results" / "published"
-    missing = [name for name in (*FILES, "policy/policy.json") if not (results / name).exists()]
+    facts = checks.read_json(results / "policy" / "policy.json", "run the three stages")
+    copies = {results / name: published / name for name in FILES}
+    copies |= {results / ROUND / name: published / name for name in CONFUSION}
+    copies[ROOT / facts["adapter"] / "run.json"] = published / ROUND / "lora_run.json"
+    missing = [str(source) for source in copies if not source.exists()]
     if missing:
-        raise checks.BadInput(f"no {', '.join(missing)} in {RESULTS_DIR}/: run the three stages, the second as {ROUND}")
+        raise checks.BadInput(f"no {', '.join(missing)}: run the three stages, the second as {ROUND}")
     (published / ROUND).mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        shutil.copy2(results / name, published / name)
-    for name in CONFUSION:
-        shutil.copy2(results / ROUND / name, published / name)
+    for source, copy in copies.items():
+        shutil.copy2(source, copy)
     shutil.copytree(results / "policy", published / "policy", dirs_exist_ok=True)
-    facts = checks.read_json(published / "policy" / "policy.json")
-    shutil.copy2(ROOT / facts["adapter"] / "run.json", published / ROUND / "lora_run.json")
     card = cards.policy_card("results/published/policy", facts) + made_by(checks.read_json(results / "run.json"))
     (published / "policy" / "README.md").write_text(card)
     print(f"wrote {published}; next: python -m offline.make_readme_pictures")

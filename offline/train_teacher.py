@@ -93,11 +93,6 @@ class Critic(nn.Module):
         return self.net(state)[:, 0]
 
 
-def networks():
-    """A fresh actor and critic."""
-    return Teacher(), Critic()
-
-
 # in a worker process
 
 
@@ -160,7 +155,7 @@ def rollout(settings, num_steps, weights, difficulty, noise):
         env.set_wrapper_attr("at_start", difficulty * settings.thrown_at_start)
         env.set_wrapper_attr("chance", difficulty * settings.thrown)
         env.set_wrapper_attr("start", noise * settings.burst_start)
-    actor, critic = networks()
+    actor, critic = Teacher(), Critic()
     actor.load_state_dict(weights[0])
     critic.load_state_dict(weights[1])
     names = ("log_prob", "value", "reward", "terminated", "done", "next_value")
@@ -199,7 +194,7 @@ def worker_evaluation_env():
 def drive(weights, track):
     """The actor's greedy return on one track, and how it ended."""
     env = worker_evaluation_env()
-    actor, _ = networks()
+    actor = Teacher()
     actor.load_state_dict(weights)
     _, info = env.reset(seed=track)
     total, end = 0.0, ""
@@ -301,7 +296,7 @@ def main():
     began, output = time.time(), ROOT / OUTPUT_DIR
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
-    actor, critic = networks()
+    actor, critic = Teacher(), Critic()
     actor.net[-1].weight.data *= 0.01
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=LEARNING_RATE, eps=1e-5)
     normalizer = ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)

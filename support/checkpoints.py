@@ -73,31 +73,26 @@ def attach_adapter(git, adapter, trainable=False):
     return git
 
 
-def load_with_adapter(adapter, task):
-    """The base that an adapter folder names with the adapter merged into it, the processor, and the base's name and hash.
+def load_git(name, task):
+    """A base, or the base that an adapter folder names with the adapter merged, its processor, and where they come from.
 
     BadInput if the adapter was not trained for `task`, or not on that base.
     """
+    adapter = ROOT / name
+    if not (adapter / TASK_FILE).exists():
+        git, processor = load_base(name)
+        source = {"base_model": name, "base_fingerprint": fingerprint(git), "adapter": "", "adapter_hash": ""}
+        return git, processor, source
     facts = read_json(adapter / TASK_FILE)
     check_same(
         f"{adapter}/", facts, task, "put it back, or rerun collect_captions.py and train_git_lora_carllava_style.py"
     )
-    remedy = "restore that base, or rerun train_git_lora_carllava_style.py"
     git, processor = load_base(facts.get("base_model", ""))
     base = {"base_model": facts["base_model"], "base_fingerprint": fingerprint(git)}
-    check_same(f"{adapter}/", facts, base, remedy)
-    return attach_adapter(git, adapter).merge_and_unload(), processor, base
-
-
-def load_git(name, task):
-    """A base, or the base that an adapter folder names with the adapter merged, its processor, and where they come from."""
-    adapter = ROOT / name
-    if (adapter / TASK_FILE).exists():
-        git, processor, base = load_with_adapter(adapter, task)
-        source = {"adapter": name, "adapter_hash": file_hash(adapter / "adapter_model.safetensors")}
-        return git, processor, base | source
-    git, processor = load_base(name)
-    return git, processor, {"base_model": name, "base_fingerprint": fingerprint(git), "adapter": "", "adapter_hash": ""}
+    check_same(f"{adapter}/", facts, base, "restore that base, or rerun train_git_lora_carllava_style.py")
+    git = attach_adapter(git, adapter).merge_and_unload()
+    weights = file_hash(adapter / "adapter_model.safetensors")
+    return git, processor, base | {"adapter": name, "adapter_hash": weights}
 
 
 def last_complete_checkpoint(folder):

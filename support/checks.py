@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 CANNOT_WRITE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 }  # fmt: skip
+TORCH_CANNOT_WRITE = ("inline_container.cc", "iostream error")  # in the RuntimeError of a torch.save on a full disk
 
 
 class BadInput(ValueError):
@@ -42,13 +43,24 @@ def run(main):
         raise SystemExit(
             "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it recurs"
         ) from None
-    except (OSError, SafetensorError) as error:  # the latter is about writing: `read_weights` catches it
-        if getattr(error, "errno", errno.ENOSPC) not in CANNOT_WRITE:
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # SafetensorError is about writing: `read_weights` catches it
+        if not about_writing(error):
             raise
         raise SystemExit(
             f"error: cannot write ({error}): make room on the disk (or in /dev/shm, where processes share memory), or "
             "name another folder; what was written before is kept"
         ) from None
+
+
+def about_writing(error):
+    """Whether a file could not be written, as far as the error says; the libraries have one kind each."""
+    if isinstance(error, OSError):
+        return error.errno in CANNOT_WRITE
+    return isinstance(error, SafetensorError) or any(sign in str(error) for sign in TORCH_CANNOT_WRITE)
 
 
 def check_same(artifact, saved, ours, remedy):

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -71,8 +72,8 @@ def one_line_if_lost():
         yield
     except (EOFError, ConnectionError):
         raise BadInput(
-            "a simulator's process ended (killed, or out of memory?): continue a PPO run with RESUME = True; if it recurs "
-            "start anew with a lower NUM_ENVS"
+            "a simulator's process ended (killed, out of memory, or by an error shown above?): continue a PPO run with "
+            "RESUME = True; if it recurs start anew with a lower NUM_ENVS"
         ) from None
 
 
@@ -94,8 +95,9 @@ class Simulators:
 
     def __init__(self, env_fns, autoreset):
         self.num_envs = len(env_fns)
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=simulate, args=(theirs, env_fns, autoreset))
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # a fork starts at once
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=simulate, args=(theirs, env_fns, autoreset))
         self.process.start()
         theirs.close()
 
@@ -112,9 +114,6 @@ class Simulators:
 
     def call(self, name):
         return self._request("call", name)
-
-    def get_attr(self, name):
-        return self._request("get_attr", name)
 
     def set_attr(self, name, values):
         return self._request("set_attr", name, values)
@@ -150,9 +149,9 @@ def make_accelerator(device):
 
 
 def in_step(function, accelerator, *columns):
-    """`function` of each time step of `columns`, tensors (T, N), called with those of all processes' environments together.
+    """What `function` returns for this process's environments, (T, N), when all processes' are handed to it together.
 
-    Returns what it says of this process's, (T, N).
+    It is called once for each time step, with a row (processes * N,) of each of the `columns`, tensors (T, N).
     """
     together = accelerator.gather(torch.stack(columns).permute(2, 0, 1)).cpu()  # (processes * N, columns, T)
     results = torch.stack([function(*step) for step in together.permute(2, 1, 0)])

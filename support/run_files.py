@@ -73,7 +73,8 @@ def check_own(folder, script, *others):
 
 def clear(folder, script, *others):
     """Empty a folder that `script` made and that holds none of `others`, or make it."""
-    shutil.rmtree(check_own(folder, script, *others), ignore_errors=True)
+    folder = check_own(folder, script, *others)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
@@ -125,7 +126,7 @@ class Log:
             if self.fields is None:
                 self.fields = list(row)
                 writer.writeheader()
-            writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()})
+            writer.writerow({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
 
 
 def read_log(path):
@@ -146,9 +147,8 @@ class RunLogs:
 
     def __init__(self, folder, run, state=None):
         self.folder, self.run, self.lock = folder, run, lock(folder)
-        for partial in folder.glob("*.partial*"):  # of a run that was killed
-            if partial.is_file():
-                partial.unlink()
+        for partial in folder.glob("video_episode_*.partial*"):  # of a run that was killed
+            partial.unlink()
         if not state:
             (folder / "state.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -249,7 +249,7 @@ def constants_of(*namespaces):
             return dataclasses.asdict(value)
         return str(value) if isinstance(value, range) else list(value) if isinstance(value, tuple) else value
 
-    return {
+    constants = {
         Path(namespace["__file__"]).name: {
             name: plain(value)
             for name, value in namespace.items()
@@ -257,6 +257,7 @@ def constants_of(*namespaces):
         }
         for namespace in namespaces
     }
+    return json.loads(json.dumps(constants))  # with lists and strings where json has no tuples and numbers as keys
 
 
 def describe_run(*namespaces, **facts):

@@ -20,7 +20,7 @@ from conftest import COLLECT, PPO, STAGE2, TOY_SHAPE, edit, toy_script
 from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run, same
 
 from offline import train_teacher
-from support import run_files
+from support import checks, run_files
 from support.checks import BadInput, read_json
 from support.run_files import ROOT
 from teacher import load_teacher
@@ -65,6 +65,11 @@ def test_output_that_nobody_reads():
     command = f'"{sys.executable}" -c "{code}" | head -c 1'
     reader = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (reader.stdout, reader.stderr) == ("x", "")
+
+
+def test_a_full_disk_is_one_line_also_where_torch_writes():
+    with pytest.raises(SystemExit, match="error: cannot write"):
+        checks.run(lambda: torch.save(torch.ones(100_000), "/dev/full"))
 
 
 def reinforce(root, base, resume=False, fault="", updates=8):
@@ -145,7 +150,7 @@ def test_fine_tuning_resumes_exactly(pipeline, tmp_path):
 
 
 def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
-    """Interrupted in the second of its epochs at toy size, it ends in the same weights."""
+    """Interrupted in the second of its epochs at toy size, and while it is saved, it ends in the same weights."""
 
     def make(name, **constants):
         toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, FITS=16, EPOCHS=3, SAVE_EVERY=2)
@@ -154,13 +159,14 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
         module.processes = Mock(workers=lambda number: nullcontext(map))  # the frames come from this process
         return module
 
-    interrupted = make("hurt")
-    at_call(6, interrupted, "train_step", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.main()
-    losses = run_files.load_state(interrupted.STATE)["losses"]
-    assert losses[-1] < losses[0] and [path.name for path in tmp_path.iterdir()] == ["hurt.pt"]
-    torch.manual_seed(99)
+    for resume, call, function in ((False, 6, "train_step"), (True, 1, "save")):
+        interrupted = make("hurt", RESUME=resume)
+        at_call(call, interrupted, function, Mock(side_effect=KeyboardInterrupt))
+        torch.manual_seed(99)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.main()
+        losses = run_files.load_state(interrupted.STATE)["losses"]
+        assert losses[3] < losses[0] and [path.name for path in tmp_path.iterdir()] == ["hurt.pt"]
     make("hurt", RESUME=True).main()
     make("alone").main()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "hurt")]

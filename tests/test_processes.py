@@ -59,7 +59,7 @@ def main(folder):
         torch.manual_seed(rank)
         model = GitText2ActionWithPrompt.from_pretrained(f"{folder}/base")
         states = [new for *_, new in train(model, workers, state, total_updates=2, num_steps=5, k_epochs=1)]
-        return states, gather_object([seed for envs in workers for seed in envs.get_attr("track_seed")])
+        return states, gather_object([seed for envs in workers for seed in envs.call("track_seed")])
 
     updated = update(f"{folder}/base", torch.load(f"{folder}/batch.pt"))
     (_, before, after), tracks = run(first)
