@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import questions
 from car_racing_env import FRAME_SKIP
 from fast import git_forward
 from support import cards
@@ -87,8 +88,8 @@ def resize(frames, image_processor):
 
 @functools.lru_cache(10_000)
 def prompt_ids(tokenizer, instruction="", question=PROMPT):
-    """Token ids of [CLS], instruction and question, no [SEP]: the answer follows directly."""
-    text = f"{instruction} {question}".strip()
+    """Token ids of [CLS], instruction and question, numbers in words, no [SEP]: the answer follows directly."""
+    text = questions.spelled(f"{instruction} {question}".strip())
     return [tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
 
 

@@ -44,14 +44,15 @@ class Captions(torch.utils.data.Dataset):
             return np.asarray(image.convert("RGB")), row
 
 
-def one_of(items):
-    """A list of one of the items, drawn, or of none."""
-    return [items[torch.randint(len(items), ())]] if items else []
+def choice(items):
+    """One of the items."""
+    return items[torch.randint(len(items), ())]
 
 
 def draw_told(row):
     """The labelled instructions that one frame is read under: the first, and another one."""
-    return row["told"][:1] + one_of(row["told"][1:])
+    first, others = row["told"][:1], row["told"][1:]
+    return first + [choice(others)] if others else first
 
 
 def draw_texts(row, reworded=0.0, wishes=0.0):
@@ -63,14 +64,15 @@ def draw_texts(row, reworded=0.0, wishes=0.0):
     """
 
     def wording(share):
-        return WORDINGS[torch.randint(len(WORDINGS), ())] if torch.rand(()) < share else PROMPT
+        return choice(WORDINGS) if torch.rand(()) < share else PROMPT
 
     texts = [("", wording(reworded), row["text"])]
     for told in draw_told(row):
         texts.append((told["sentence"], wording(reworded / 2), told["text"]))
-    for asked in one_of(row["asked"]):
+    if row["asked"]:
+        asked = choice(row["asked"])
         asks_for_wish = row["told"] and torch.rand(()) < wishes
-        texts.append(wish_of(*one_of(row["told"])) if asks_for_wish else ("", asked["question"], asked["text"]))
+        texts.append(wish_of(choice(row["told"])) if asks_for_wish else ("", asked["question"], asked["text"]))
     return texts
 
 

@@ -17,6 +17,7 @@ import io
 import json
 import queue
 import random
+import re
 import threading
 import time
 import webbrowser
@@ -50,22 +51,22 @@ MAX_TEXT = 200  # characters of a sentence or a question
 JPEG_QUALITY = 80
 SPEEDS = ("ten", "thirty", "fifty")  # that can be said by a click; others are typed
 
-DRIVERS = {
-    "policy": "after PPO",
-    "answers": "answers alone",
-    "teacher": "teacher",
-    "random": "random actions",
-    "you": "you, with the arrow keys",
-}
 KEYS = {"ArrowLeft": 2, "ArrowRight": 1, "ArrowUp": 3, "ArrowDown": 4}  # the simulator's actions
 SENTENCES = {  # what a visitor may have typed, for the teacher, which reads no words
     instructions.without_marks(sentence): instruction.target
     for instruction in instructions.INSTRUCTIONS.values()
     for sentence in instruction.taught + instruction.held_out
 }
+
+
+def is_text(value):
+    """Whether it is a short text; a lone surrogate is none and cannot be sent back."""
+    return type(value) is str and len(value) <= MAX_TEXT and not re.search("[\ud800-\udfff]", value)
+
+
 COMMANDS = {  # what a visitor may send, and which values
-    "say": lambda text: type(text) is str and len(text) <= MAX_TEXT,
-    "ask": lambda text: type(text) is str and len(text) <= MAX_TEXT,
+    "say": is_text,
+    "ask": is_text,
     "drivers": lambda names: type(names) is list and 1 <= len(names) <= 2 and all(x in [*DRIVERS] for x in names),
     "track": lambda track: type(track) is int and 0 <= track < 2**31,
     "restart": lambda value: value is True,
@@ -81,35 +82,35 @@ class NotUnderstood(Exception):
 
 
 class You:
-    """A visitor with the arrow keys; keys held together take turns, for the simulator takes one action at a time."""
+    """A visitor with the arrow keys; keys held together take turns, for the simulator takes one action at a time.
+
+    `keys` are those that are down, a list that the session changes.
+    """
 
     told = ""
 
-    def __init__(self):
-        self.keys, self.turn = [], 0
+    def __init__(self, keys):
+        self.keys, self.turn = keys, 0
 
     def __call__(self, frames, infos):
         self.turn += 1
         return [KEYS[self.keys[self.turn % len(self.keys)]] if self.keys else 0]
 
 
-def make_driver(name, model):
-    """The driver of one of DRIVERS."""
-    makers = {
-        "policy": lambda: evaluate.Policy(model),
-        "answers": lambda: evaluate.Answers(model),
-        "teacher": evaluate.Teacher,
-        "random": lambda: evaluate.Random(random.randrange(2**31)),
-        "you": You,
-    }
-    return makers[name]()
+DRIVERS = {  # name: what the page calls it, and how it is made of the model and the visitor's keys
+    "policy": ("the model after PPO", lambda model, keys: evaluate.Policy(model)),
+    "answers": ("the model's answers alone", lambda model, keys: evaluate.Answers(model)),
+    "teacher": ("the teacher", lambda model, keys: evaluate.Teacher()),
+    "random": ("random actions", lambda model, keys: evaluate.Random(random.randrange(2**31))),
+    "you": ("you, with the arrow keys", lambda model, keys: You(keys)),
+}
 
 
 class Drive(film.Drive):
     """A drive as the page shows it."""
 
-    def __init__(self, name, model, track):
-        super().__init__(make_driver(name, model), track)
+    def __init__(self, name, model, keys, track):
+        super().__init__(DRIVERS[name][1](model, keys), track)
         self.name, self.facts = name, {}
 
     def tell(self, sentence):
@@ -144,30 +145,38 @@ class Drive(film.Drive):
 class Session(threading.Thread):
     """One visitor's drives: a thread that drives at the simulator's pace and does what `commands` say between two decisions.
 
-    `send` is called from it with what the page shall know, a dict.
+    `send` is called from it with what the page shall know, a dict, and at the end with None.
     """
 
     def __init__(self, model, send):
         super().__init__(daemon=True)
         self.model, self.send, self.commands, self.ended = model, send, queue.SimpleQueue(), threading.Event()
         self.names, self.track, self.told, self.paused, self.attention = ["policy"], TRACK, "", False, False
-        self.drives = []
+        self.drives, self.keys, self.again = [], [], True
 
     def run(self):
         torch.set_num_threads(1)
-        self.begin()
+        try:
+            self.drive()
+        finally:
+            self.close()
+            self.send(None)
+
+    def drive(self):
+        """Until the visitor has gone."""
         due = time.monotonic()
-        with contextlib.closing(self):
-            while not self.ended.is_set():
-                changed = self.obey()
-                if not self.paused or changed:
-                    for drive in self.drives if not self.paused else []:
-                        drive.advance()
-                    shown = [drive.show(self.attention) for drive in self.drives]
-                    self.send({"drives": shown, "track": self.track, "told": self.told, "paused": self.paused})
-                over = all(drive.end for drive in self.drives)
-                due = max(due + FRAME_SKIP / FPS * (5 if over else 1), time.monotonic())
-                time.sleep(due - time.monotonic() if due > time.monotonic() else 0)
+        while not self.ended.is_set():
+            changed = self.obey()
+            if self.again:
+                self.begin()
+            if not self.paused or changed:
+                for drive in self.drives if not self.paused else []:
+                    drive.advance()
+                shown = [drive.show(self.attention) for drive in self.drives]
+                self.send({"drives": shown, "track": self.track, "told": self.told, "paused": self.paused})
+            over = all(drive.end for drive in self.drives)
+            due = max(due + FRAME_SKIP / FPS * (5 if over else 1), time.monotonic())
+            time.sleep(due - time.monotonic() if due > time.monotonic() else 0)
 
     def close(self):
         """End the simulators, each a cycle of references that holds 10 MB and that Python would collect late."""
@@ -179,7 +188,7 @@ class Session(threading.Thread):
     def begin(self):
         """Put the drivers at the start of the track."""
         self.close()
-        self.drives = [Drive(name, self.model, self.track) for name in self.names]
+        self.drives, self.again = [Drive(name, self.model, self.keys, self.track) for name in self.names], False
         self.tell(self.told)
 
     def tell(self, sentence):
@@ -188,7 +197,7 @@ class Session(threading.Thread):
             drive.tell(sentence)
 
     def obey(self):
-        """Do what the visitor has sent; returns whether anything came."""
+        """Do what the visitor has sent; returns whether anything came. Several that begin anew do it once, afterwards."""
         changed = False
         while not self.commands.empty():
             (command, value), changed = self.commands.get(), True
@@ -197,27 +206,29 @@ class Session(threading.Thread):
 
     def do_say(self, text):
         text = text.strip()
-        if problem := self.problem(text):
-            self.send({"note": problem})
-            return
-        self.tell(text)
-        self.send({"unknown": self.unknown(text)})
+        problem = self.problem(text)
+        if not problem:
+            self.tell(text)
+        self.send({"note": problem or self.remark(text)})
 
     def do_ask(self, text):
         reads = [drive for drive in self.drives if drive.reads]
-        problem = self.problem("", text) if reads else "None of these drivers can answer questions."
-        self.send({"asked": text, "reply": problem or reads[0].ask(text), "unknown": self.unknown(text)})
+        if not reads:
+            reply, by = "None of these drivers can answer questions.", ""
+        elif reply := self.problem("", text):
+            by = ""
+        else:
+            reply, by = reads[0].ask(text), DRIVERS[reads[0].name][0] if len(self.drives) > 1 else ""
+        self.send({"asked": text, "reply": reply, "by": by, "note": self.unknown(text)})
 
     def do_drivers(self, names):
-        self.names = names
-        self.begin()
+        self.names, self.again = names, True
 
     def do_track(self, track):
-        self.track = track
-        self.begin()
+        self.track, self.again = track, True
 
     def do_restart(self, _):
-        self.begin()
+        self.again = True
 
     def do_pause(self, paused):
         self.paused = paused
@@ -226,23 +237,29 @@ class Session(threading.Thread):
         self.attention = attention
 
     def do_keys(self, keys):
-        for drive in self.drives:
-            if drive.name == "you":
-                drive.driver.keys = keys
+        self.keys[:] = keys
 
     def problem(self, instruction, question=None):
         """Why the model cannot read an instruction or question, or ""."""
         try:
             self.model.prompts(instruction, 1, question=question)
         except checks.BadInput as error:
-            return str(error)
+            return f"{str(error).capitalize()}."
         return ""
 
+    def remark(self, text):
+        """What a visitor should know of a sentence that is in force, or ""."""
+        said = [self.unknown(text)]
+        if "teacher" in self.names and text and instructions.without_marks(text) not in SENTENCES:
+            said.append("The teacher reads no words and knows the phrasings of instructions.py only: it races.")
+        return " ".join(filter(None, said))
+
     def unknown(self, text):
-        """The words of a text that the model's vocabulary spells in single letters."""
+        """Which words of a text the model's vocabulary spells in single letters, as a sentence, or ""."""
         tokenizer = self.model.processor.tokenizer
         cut = {word: tokenizer.tokenize(word) for word in instructions.without_marks(text).split() if len(word) > 1}
-        return [word for word, pieces in cut.items() if len(pieces) == len(word) or tokenizer.unk_token in pieces]
+        words = [word for word, pieces in cut.items() if len(pieces) == len(word) or tokenizer.unk_token in pieces]
+        return f"Not in its vocabulary, read letter by letter: {', '.join(words)}." if words else ""
 
 
 def understand(message):
@@ -271,7 +288,7 @@ class Latest:
             self.loop.call_soon_threadsafe(self._put, message)
 
     def _put(self, message):
-        if "drives" in message:
+        if message and "drives" in message:
             self.picture = message
         else:
             self.notes.append(message)
@@ -282,7 +299,7 @@ class Latest:
         self.there.set()
 
     async def get(self):
-        """The next message."""
+        """The next message, None at the session's end."""
         while True:
             if self.notes:
                 return self.notes.pop(0)
@@ -298,7 +315,7 @@ def welcome():
     shown = [name for name in instructions.INSTRUCTIONS if instructions.kind(name) not in ("chatter", "speed")]
     shown += [f"speed {word}" for word in SPEEDS]
     return {
-        "drivers": DRIVERS,
+        "drivers": {name: title for name, (title, _) in DRIVERS.items()},
         "answers": list(ANSWERS),
         "instructions": [instructions.INSTRUCTIONS[name].taught[0] for name in shown],
         "questions": [wordings[0] for wordings in questions.QUESTIONS.values()],
@@ -323,8 +340,9 @@ def make_app(model):
 
         async def send():
             await socket.send_json(welcome())
-            while True:
-                await socket.send_json(await latest.get())
+            while message := await latest.get():
+                await socket.send_json(message)
+            await socket.close(1011, "the drive has ended")  # by an error, which the terminal shows
 
         async def receive():
             while True:

@@ -244,6 +244,7 @@ INSTRUCTIONS["right"] = Instruction(
 
 SPEEDS = {questions.number(x): float(x) for x in (10, 15, 20, 22, 28, 30, 32, 35, 38, 40, 42, 48, 50)}
 HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}  # "five" and each ten are taught, these pairs are not
+HELD_OUT_NAMES = {f"speed {word}" for word in HELD_OUT_SPEEDS}
 SPEED_PHRASINGS = sentences("""
     Drive at speed {}. Drive at {}. Go at {}. Keep speed {}. Stay at {}. Make it {}. Set the speed to {}. Hold a
     speed of {}. Please drive at {}. Speed {}, please. Could you go at speed {}? Could you drive at {}? I want to go
@@ -286,7 +287,7 @@ SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about somethin
 # asked after an instruction: about the words alone, `wish` answers it; about the words and the picture, `fit` answers it
 WISH_QUESTION = "What do I want?"
 FIT_QUESTION = "Is it as I want it?"
-FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units that the car may be off without a complaint
+FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units, in the steps of questions.py, that are no complaint
 
 # the plain question in other words; the last is none at all: who asks nothing wants nothing else
 WORDINGS = sentences("""
@@ -323,11 +324,16 @@ def kind(name):
     return name if name in INSTRUCTIONS or name in ("", "garbled") else "combination"
 
 
+def parts(name):
+    """The names of the instructions that a combination consists of, speed and side; any other name by itself."""
+    return [name] if kind(name) != "combination" else name.rsplit(" ", 1)
+
+
 def target(name):
     """The `Target` of an instruction, or of a combination of a speed and a side ("slow left")."""
     if name in INSTRUCTIONS:
         return INSTRUCTIONS[name].target
-    speed, side = name.rsplit(" ", 1)
+    speed, side = parts(name)
     return Target(INSTRUCTIONS[speed].target.speed, INSTRUCTIONS[side].target.side)
 
 
@@ -351,8 +357,8 @@ def phrase(name, rng, split="taught"):
     if name in INSTRUCTIONS:
         phrasings = getattr(INSTRUCTIONS[name], split)
         return phrasings[rng.choice(len(phrasings), p=chances(name, split))]
-    parts = [phrase(part, rng, split) for part in name.rsplit(" ", 1)]
-    return " ".join(parts if rng.random() < 0.5 else parts[::-1])
+    said = [phrase(part, rng, split) for part in parts(name)]
+    return " ".join(said if rng.random() < 0.5 else said[::-1])
 
 
 def varied(sentence, rng):
@@ -401,8 +407,8 @@ def draw(rng, split="taught", share=1.0, varied_share=0.0):
         return NOTHING
     shares = {name: instruction.share for name, instruction in INSTRUCTIONS.items()}
     shares |= {"combination": COMBINATION_SHARE, "garbled": GARBLED_SHARE}
-    chances = np.array([*shares.values()])
-    name = str(rng.choice([*shares], p=chances / chances.sum()))
+    odds = np.array([*shares.values()])
+    name = str(rng.choice([*shares], p=odds / odds.sum()))
     if name == "combination":
         name = str(rng.choice(sorted(COMBINATIONS)))
     return say(name, rng, split, varied_share)
@@ -430,7 +436,7 @@ def wish(name):
     """The answer to WISH_QUESTION under the instruction `name`: the simplest way to say it, or "Nothing."."""
     if name in ("chatter", "garbled"):
         return "Nothing."
-    return " ".join(INSTRUCTIONS[part].taught[0] for part in ([name] if name in INSTRUCTIONS else name.rsplit(" ", 1)))
+    return " ".join(INSTRUCTIONS[part].taught[0] for part in parts(name))
 
 
 def fit(target, speed, offset):
@@ -446,8 +452,8 @@ def fit(target, speed, offset):
 
 
 def taught_sentences():
-    """Everything that may be said in training, each sentence by itself: a set of strings."""
-    names = INSTRUCTIONS.keys() - {f"speed {word}" for word in HELD_OUT_SPEEDS}
+    """Everything that may be said in training as written, each sentence by itself: a set of strings; `varied` makes more."""
+    names = INSTRUCTIONS.keys() - HELD_OUT_NAMES
     return {sentence for name in names for sentence in INSTRUCTIONS[name].taught} | set(WORDINGS)
 
 
@@ -455,23 +461,28 @@ def taught_sentences():
 def held_out_sentences():
     """Everything that may only be said in measurements: a set of strings, without case and marks."""
     said = {sentence for instruction in INSTRUCTIONS.values() for sentence in instruction.held_out}
-    for word in HELD_OUT_SPEEDS:
-        said |= set(INSTRUCTIONS[f"speed {word}"].taught)
+    for name in HELD_OUT_NAMES:
+        said |= set(INSTRUCTIONS[name].taught)
     return {without_marks(sentence) for sentence in said | set(HELD_OUT_WORDINGS)}
 
 
 def without_marks(sentence):
-    """Its words in lower case."""
-    return " ".join(re.findall(r"[a-z-]+", sentence.lower()))
+    """Its words in lower case, numbers among them."""
+    return " ".join(re.findall(r"[a-z-]+", questions.spelled(sentence.lower())))
 
 
 def is_held_out(name, sentence):
     """Whether the instruction `name`, said in this `sentence` or two, is for measurements only."""
-    return name in HELD_OUT_COMBINATIONS or not held_out_sentences().isdisjoint(map(without_marks, sentences(sentence)))
+    if name in HELD_OUT_COMBINATIONS or not HELD_OUT_NAMES.isdisjoint(parts(name)):
+        return True
+    return not held_out_sentences().isdisjoint(map(without_marks, re.split("[.?!]", sentence)))
 
 
 def digest():
-    """A short hash of what is said in training and asked for, by which a run says which instructions it had."""
+    """A short hash of phrasings, targets and shares, by which a run says which instructions it had.
+
+    SMALL_WORDS and the two questions about an instruction are not in it.
+    """
     said = {name: (i.target.speed, i.target.side, i.taught, i.share) for name, i in INSTRUCTIONS.items()}
     said |= {
         "combinations": sorted(COMBINATIONS),

@@ -10,8 +10,8 @@ from road import move_car
 
 THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
 THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
-SPED_UP = 0.7  # share of the throws that only make it this fast, in its direction
-SPED_UP_TO = (60.0, 95.0)  # units per second: gas and nothing else ends at 94
+SPED_UP = 0.7  # share of the throws that only give it one of these speeds, in its direction
+SPED_UP_TO = (60.0, 95.0)  # units per second: the teacher reaches 79, gas and nothing else 94
 
 
 class RandomBursts(gym.Wrapper):
@@ -43,7 +43,7 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: with probability `at_start` at once, later with `chance` per decision.
 
-    In a share `sped_up` of the throws it is made faster than the teacher ever drives. In the others it is turned by any angle
+    In a share `sped_up` of the throws its speed becomes one of SPED_UP_TO, mostly more. In the others it is turned by any angle
     and, half of the time, put anywhere across road and verge; its velocity then turns along, stays as it was (the car
     slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it was turned.
     """

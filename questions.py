@@ -4,6 +4,8 @@ Reads and writes nothing. The answers come from the simulator's state; none of t
 by them (offline/make_git_tiny.py), and stage 2 keeps them.
 """
 
+import re
+
 import numpy as np
 
 SPEED_STEP = 5  # units per second in which the speed is told
@@ -48,6 +50,11 @@ def number(value):
     if value >= 100:
         return "one hundred"
     return TENS[value // 10] + (f"-{WORDS[value % 10]}" if value % 10 else "")
+
+
+def spelled(text):
+    """The text with its whole numbers from 0 to 100 in words, as the model was taught them: "Drive at 20." """
+    return re.sub(r"(?<![\d.,])(100|\d\d?)(?!\d|[.,]\d)", lambda match: number(match[0]), text)
 
 
 def fives(value):

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP, TRACK_WIDTH
 
-TILES_AHEAD = 12  # points of the road in a state; the camera shows about 10
+TILES_AHEAD = 12  # points of the road in a state; the camera shows about 10 of a straight one before the car
 STATE_SIZE = 15 + 2 * TILES_AHEAD
 
 
@@ -69,7 +69,7 @@ class State(NamedTuple):
 def encode_state(env):
     """The car's `State` of this moment as the teacher reads it, float32 (STATE_SIZE,), roughly in [-1, 1].
 
-    Neither time nor progress: nothing that the camera cannot show.
+    Neither time nor progress. The camera shows a little less: the last points, and those behind a turned car, lie outside.
     """
     car, road = env.unwrapped.car, env.get_wrapper_attr("road")
     hull = car.hull
@@ -129,10 +129,8 @@ def move_car(car, turn, shift=(0.0, 0.0), velocity=None):
 
     Their velocities turn along, or become `velocity`, with wheels that roll at that speed.
     """
-    centre, rotation = (
-        np.array(car.hull.position),
-        np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]),
-    )
+    centre = np.array(car.hull.position)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     for body in (car.hull, *car.wheels):
         body.position = tuple(map(float, centre + rotation @ (np.array(body.position) - centre) + shift))
         body.angle = float(body.angle + turn)

@@ -4,9 +4,12 @@
 const $ = (id) => document.getElementById(id);
 const ENDS = { lap: "Lap finished", field: "Left the playfield", time: "Time is up" };
 const pressed = new Set();
-let socket, known, drivers = ["policy"], retry;
+const LASTING = ["drivers", "track", "say", "pause", "attention"];  // commands that hold until the next of their kind
+const wanted = {};  // the last of each, for the server to hear again when it comes back
+let socket, known, drivers = ["policy"], full = false;
 
 function send(command, value) {
+  if (LASTING.includes(command)) wanted[command] = value;
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ [command]: value }));
 }
 
@@ -16,17 +19,19 @@ function connect() {
   socket = new WebSocket(address);
   socket.onmessage = (event) => receive(JSON.parse(event.data));
   socket.onclose = () => {
-    if (!retry) status("not connected; trying again …");
-    retry = setTimeout(connect, 3000);
+    if (!full) status("not connected; trying again …");
+    setTimeout(connect, 3000);
   };
 }
 
-function status(text) { $("status").textContent = text; }
+function status(text) {
+  if ($("status").textContent !== text) $("status").textContent = text;  // a screen reader says it again
+}
 
 function receive(message) {
   if ("full" in message) {
+    full = true;
     status(`${message.full} visitors are driving, as many as this server takes; you are let in when one leaves`);
-    retry = true;
   } else if ("answers" in message) {
     begin(message);
   } else if ("drives" in message) {
@@ -34,28 +39,18 @@ function receive(message) {
   } else if ("asked" in message) {
     reply(message);
   } else if ("note" in message) {
-    $("unknown").textContent = message.note;
-  } else if ("unknown" in message) {
-    $("unknown").textContent = unknown(message.unknown);
+    $("note").textContent = message.note;
   }
-}
-
-function unknown(words) {
-  return words.length ? `not in its vocabulary, read letter by letter: ${words.join(", ")}` : "";
 }
 
 function begin(message) {
   const again = known !== undefined;
   known = message;
-  retry = undefined;
+  full = false;
   status("driving");
   $("sentence").maxLength = $("question").maxLength = message.max_text;
-  if (again) {
-    send("drivers", drivers);
-    send("track", Number($("track").value));
-    if ($("told").dataset.said) send("say", $("told").dataset.said);
-    return;
-  }
+  for (const [command, value] of Object.entries(wanted)) send(command, value);
+  if (again) return;
   for (const [name, title] of Object.entries(message.drivers)) {
     $("first").add(new Option(title, name));
     $("second").add(new Option(title, name));
@@ -64,7 +59,7 @@ function begin(message) {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = sentence;
-    button.onclick = () => send("say", sentence);
+    button.onclick = () => { $("sentence").value = sentence; send("say", sentence); };
     $("instructions").append(button);
   }
   for (const question of message.questions) $("questions").append(new Option(question));
@@ -84,7 +79,8 @@ function panels(count) {
     }
     for (const key of panel.querySelectorAll("[data-key]")) {
       key.onpointerdown = () => press(key.dataset.key, true);
-      key.onpointerup = key.onpointerleave = () => press(key.dataset.key, false);
+      key.onpointerup = key.onpointerleave = key.onpointercancel = () => press(key.dataset.key, false);
+      key.onclick = (event) => tap(key.dataset.key, event);
     }
     stage.append(panel);
   }
@@ -94,7 +90,6 @@ function panels(count) {
 function show(message) {
   panels(message.drives.length).forEach((panel, i) => showDrive(panel, message.drives[i]));
   $("told").textContent = message.told || "nothing";
-  $("told").dataset.said = message.told;
   $("nothing").hidden = !message.told;
   $("pause").setAttribute("aria-pressed", message.paused);
   if (document.activeElement !== $("track")) $("track").value = message.track;
@@ -134,7 +129,7 @@ function showDrive(panel, drive) {
 function reply(message) {
   const question = document.createElement("dt"), answer = document.createElement("dd");
   question.textContent = message.asked;
-  answer.textContent = [message.reply, unknown(message.unknown)].filter(Boolean).join(" — ");
+  answer.textContent = [message.reply, message.by && `(${message.by})`, message.note].filter(Boolean).join(" ");
   $("replies").prepend(question, answer);
   while ($("replies").children.length > 20) $("replies").lastElementChild.remove();
 }
@@ -142,7 +137,7 @@ function reply(message) {
 function choose(first, second) {
   drivers = second ? [first, second] : [first];
   send("drivers", drivers);
-  document.activeElement.blur();
+  if (drivers.includes("you")) document.activeElement.blur();  // so that the arrow keys drive
 }
 
 function press(key, down) {
@@ -151,22 +146,34 @@ function press(key, down) {
   send("keys", [...pressed]);
 }
 
+// a key button worked by the keyboard or a screen reader: a short press
+function tap(key, event) {
+  if (event.detail !== 0) return;
+  press(key, true);
+  setTimeout(() => press(key, false), 200);
+}
+
 $("say").onsubmit = (event) => {
   event.preventDefault();
   send("say", $("sentence").value);
-  $("sentence").value = "";
+  $("sentence").select();
 };
 $("ask").onsubmit = (event) => {
   event.preventDefault();
   if ($("question").value.trim()) send("ask", $("question").value);
   $("question").select();
 };
-$("nothing").onclick = () => send("say", "");
+$("nothing").onclick = () => { $("sentence").value = ""; send("say", ""); };
 $("first").onchange = $("second").onchange = () => choose($("first").value, $("second").value);
 $("compare").onclick = () => choose("answers", "policy");
 $("race").onclick = () => choose("you", "policy");
-$("track").onchange = () => { send("track", Math.floor(Number($("track").value)) || 0); $("track").blur(); };
-$("random").onclick = () => send("track", Math.floor(Math.random() * 100000));
+$("track").onchange = () => {
+  const track = Math.floor(Number($("track").value)) || 0;
+  $("track").value = Math.min(Math.max(track, $("track").min), $("track").max);
+  send("track", Number($("track").value));
+  $("track").blur();
+};
+$("random").onclick = () => send("track", 202000 + Math.floor(Math.random() * 98000));  // neither trained nor tested on
 $("restart").onclick = () => send("restart", true);
 $("pause").onclick = () => send("pause", $("pause").getAttribute("aria-pressed") !== "true");
 $("attention").onchange = () => send("attention", $("attention").checked);
@@ -175,6 +182,7 @@ const typing = () => ["INPUT", "SELECT"].includes(document.activeElement.tagName
 for (const [kind, down] of [["keydown", true], ["keyup", false]]) {
   addEventListener(kind, (event) => {
     if (!event.key.startsWith("Arrow") || !drivers.includes("you") || (typing() && down)) return;
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     press(event.key, down);
   });

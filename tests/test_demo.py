@@ -49,7 +49,7 @@ def serving(model, **constants):
     ["", "7", "[]", "null", "{}", "{", "[" * 3000, '{"say": 1}', '{"say": "a", "ask": "b"}', '{"run": "ls"}',
      '{"say": "%s"}' % ("a" * 201), '{"drivers": []}', '{"drivers": ["policy", "policy", "policy"]}',
      '{"drivers": [["policy"]]}', '{"track": -1}', '{"track": 1e9}', '{"track": true}', '{"keys": ["Enter"]}',
-     '{"pause": 1}', '{"__class__": true}'],
+     '{"pause": 1}', '{"__class__": true}', '{"say": "\\ud800"}'],
 )  # fmt: skip
 def test_a_message_that_the_page_does_not_send_is_not_understood(message):
     demo = edit("demo")
@@ -57,10 +57,37 @@ def test_a_message_that_the_page_does_not_send_is_not_understood(message):
         demo.understand(message)
 
 
-def test_the_teacher_is_told_what_a_sentence_asks_for():
-    teacher = edit("demo").Drive("teacher", None, 0)
-    teacher.tell("Keep left.")
-    assert teacher.driver.told.side < 0
+def test_what_a_visitor_is_told(toy_model):
+    """The teacher obeys the sentences it knows, in any spelling; others are remarked on, as are unknown words."""
+    said = []
+    session = edit("demo").Session(toy_model, said.append)
+    session.do_drivers(["teacher"])
+    session.begin()
+    for sentence, speed, note in (("drive at 20", 20, False), ("Brabbel.", None, True), ("", None, False)):
+        session.do_say(sentence)
+        assert session.drives[0].driver.told.speed == speed and bool(said[-1]["note"]) == note, sentence
+    session.do_ask("How fast is the car?")
+    assert said[-1]["reply"] and not said[-1]["by"]
+    session.do_drivers(["you", "policy"])
+    session.do_keys(["ArrowUp"])
+    session.begin()
+    assert session.drives[0].driver(None, None) == [3]
+    session.do_ask("How fast is the car?")
+    assert "PPO" in said[-1]["by"] and session.told == ""
+    session.do_say("left " * 100)
+    assert "token" in said[-1]["note"] and session.told == ""
+    session.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_drive_that_fails_ends_its_session(toy_model, monkeypatch):
+    with serving(toy_model) as (address, sessions):
+        monkeypatch.setattr(toy_model, "answer", lambda *_: 1 / 0)
+        socket, _ = drive(address)
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=30)
+        assert closed.value.rcvd.code == 1011
+        wait_for(lambda: not sessions, 10)
 
 
 def drive(address):
@@ -135,7 +162,7 @@ def test_the_page(visit, tmp_path):
     wait_for(lambda: speed(page) < 2)
     assert page.inner_text("#told") == "Stop." and page.inner_text(".answer") == "Brake"
     assert other.inner_text("#told") == "nothing" and speed(other) > 30
-    page.wait_for_timeout(1500)  # it stands for sure
+    wait_for(lambda: speed(page) == 0)
     enter(page, "#question", "How fast is the car?")
     page.wait_for_selector("#replies dd")
     assert page.inner_text("#replies dd") == "The car stands still."
@@ -143,14 +170,14 @@ def test_the_page(visit, tmp_path):
     wait_for(lambda: speed(page) > 10)
     enter(page, "#sentence", "<script>document.title = 'hurt'</script>")
     wait_for(lambda: page.inner_text("#told").startswith("<script>"))
-    assert "hurt" not in page.title() and "script" in page.inner_text("#unknown")
+    assert "hurt" not in page.title() and "script" in page.inner_text("#note")
     page.click("text=Keep left.")
     wait_for(lambda: page.inner_text("#told") == "Keep left." and speed(page) > 35)
     enter(page, "#question", "Where on the road is the car?")
     wait_for(lambda: page.locator("#replies dd").count() == 2)
     page.screenshot(path=(PICTURES or tmp_path) / "page_drive.png")
     enter(page, "#sentence", "xq " * 66)  # more than it can read
-    wait_for(lambda: "tokens" in page.inner_text("#unknown"))
+    wait_for(lambda: "tokens" in page.inner_text("#note"))
     page.click("#pause")
     page.wait_for_selector("#pause[aria-pressed=true]")
     shown, score = page.get_attribute(".drive img", "src"), page.inner_text(".return")
@@ -159,7 +186,7 @@ def test_the_page(visit, tmp_path):
     assert page.inner_text(".return") == score and page.inner_text("#told") == "Keep left."
     page.click("#pause")
     enter(page, "#track", "100003")
-    page.click("text=Drive against it")
+    page.click("text=Race it")
     wait_for(lambda: page.locator(".drive").count() == 2 and speed(page) < 1)
     assert page.input_value("#track") == "100003" and page.input_value("#first") == "you"
     page.keyboard.down("ArrowUp")
