@@ -4,7 +4,8 @@ Reads and writes nothing. To add an instruction, add one entry to INSTRUCTIONS: 
 measured on it, and the model only ever sees the sentences. Targets and thresholds were fixed before a model learned any.
 
 Language has splits as tracks have: `taught` phrasings are for stages 1 to 3; `held_out` ones, HELD_OUT_SPEEDS,
-HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only.
+HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only. Two of the held-out phrasings, "The car drives at speed"
+and "The car stands still", the model knows as answers about the scene, never as something to obey.
 """
 
 import functools
@@ -133,7 +134,7 @@ INSTRUCTIONS = {
         """),
         held_out=sentences("""
             Do not be slow. Faster, we are late. Could you make it a fast lap? There is nobody ahead. Take the road
-            as fast as it allows. Please do not stop now.
+            as fast as it allows. There is no time to wait.
         """),
     ),
     "slow": Instruction(
@@ -151,7 +152,7 @@ INSTRUCTIONS = {
             drive slowly. I want you to slow down.
         """),
         held_out=sentences("""
-            Please go slowly here. You should be more careful. Do not make it so fast. Slow and careful, please.
+            I want to go gently. You should be more careful. Do not make it so fast. Slow and careful, please.
             There are children near the road. Not fast, please.
         """),
     ),
@@ -213,8 +214,8 @@ INSTRUCTIONS = {
             should wait here. Hold it.
         """),
         held_out=sentences("""
-            Please hold still. Do not go on now. Wait, the road is blocked. You should not move. The light ahead is
-            red. The car stands still now.
+            Stay still, please. You should not drive on. Wait, the road is blocked. You should not move. The light
+            ahead is red. The car stands still now.
         """),
     ),
     "chatter": Instruction(  # says nothing about driving: the driver races
@@ -268,7 +269,7 @@ for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
         share=0.0 if word in HELD_OUT_SPEEDS else 0.02,
     )
 
-# a speed and a side: one sentence for each, in either order
+# a speed and a side: one sentence for each, in either order; "slow right" asks for what "speed twenty right", taught, does
 HELD_OUT_COMBINATIONS = {"slow right", "speed thirty left", "speed forty middle"}
 COMBINATIONS = {
     f"{speed} {side}"
@@ -364,6 +365,7 @@ def phrase(name, rng, split="taught"):
 def varied(sentence, rng):
     """The sentence as somebody else might say it: small words left out or added, perhaps with one about something else."""
     words = [word for word in sentence[:-1].split() if word.strip(",").lower() not in SMALL_WORDS or rng.random() < 0.7]
+    words = words or [sentence[:-1]]
     before, after = rng.choice(["", "", "", "please", "now"]), rng.choice(["", "", "", "please", "now", "here"])
     if before and words[0] != "I":
         words[0] = words[0].lower()

@@ -48,7 +48,7 @@ make_nan = partial(spoil_a_tensor, lambda weights, name: weights[name].fill_(tor
 HURT = (remove, damage, bomb, lose_a_tensor, make_nan)
 TASK = {"prompt": ("What", "Why"), "answers": ("Coast", "Fly"), "frame_skip": ('"frame_skip": 2', '"frame_skip": 4')}
 ANOTHER_BASE = replace('base_fingerprint": "', 'base_fingerprint": "0')
-HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "Please go slowly here.", "text": "Brake"}'
+HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "I want to go gently.", "text": "Brake"}'
 CONSTANTS = [  # script, what its user sets, what the message names
     *((script, {name: "no/such"}, "no/such") for script, name in ((COLLECT, "POLICY"), (STAGE2, "ADAPTER"))),
     *((script, {name: "no/such"}, "no/such") for script, name in ((STAGE2, "BASE_MODEL"), (PPO, "MODEL"))),
