@@ -235,7 +235,6 @@ def main():
     lists = {
         "returns": [round(r["return"], 2) for r in results],
         "ends": [r["end"] for r in results],
-        "seeds": [*tracks],
     }
     facts |= summary | run_files.run_facts() | {"seconds": round(time.time() - began, 1)} | lists
     name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"[a-z0-9]+", INSTRUCTION.lower())])

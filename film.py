@@ -3,6 +3,7 @@
 Reads and writes what it is told to; used by evaluate.py, ppo_git_with_prompt.py and demo.py.
 """
 
+import contextlib
 import functools
 
 import imageio
@@ -70,13 +71,14 @@ def drive(driver, track_seed, heat_map=False):
     without a model get the frame, the action and the numbers.
     """
     car = Drive(driver, track_seed)
-    while not car.end:
-        action, answer, probabilities = car.decide()
-        prompt = f"{driver.told} {driver.model.question}".strip() if car.reads else ""
-        frame, name = car.picture(heat_map), answer_of(action)
-        picture = compose(frame, prompt, answer, car.scene, name, probabilities, car.speed, car.total)
-        car.step(action)
-        yield picture, car.total
+    with contextlib.closing(car.env):
+        while not car.end:
+            action, answer, probabilities = car.decide()
+            prompt = f"{driver.told} {driver.model.question}".strip() if car.reads else ""
+            frame, name = car.picture(heat_map), answer_of(action)
+            picture = compose(frame, prompt, answer, car.scene, name, probabilities, car.speed, car.total)
+            car.step(action)
+            yield picture, car.total
 
 
 def record_video(driver, track_seed, path, heat_map=False):

@@ -130,6 +130,11 @@ def summarize(confusion):
     return metrics | {f"recall_{answer.lower().replace(' ', '_')}": float(x) for answer, x in zip(ANSWERS, recalls)}
 
 
+def metadata_files():
+    """Of the training captions."""
+    return [ROOT / folder / "train" / "metadata.jsonl" for folder in (DATA_DIR, *MORE_DATA)]
+
+
 def load_data():
     """The two splits, of frames that were collected for this task."""
     folders = [ROOT / folder for folder in (DATA_DIR, *MORE_DATA)]
@@ -208,8 +213,7 @@ def main():
         git = checkpoints.attach_adapter(git, ROOT / ADAPTER, trainable=True)
     else:
         git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
-    metadata = [ROOT / folder / "train" / "metadata.jsonl" for folder in (DATA_DIR, *MORE_DATA)]
-    data_hash = " ".join(map(run_files.file_hash, metadata))
+    data_hash = " ".join(map(run_files.file_hash, metadata_files()))
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
     inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}
     run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)

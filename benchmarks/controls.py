@@ -1,23 +1,25 @@
 """What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
 
-Each run trains a model on the captions in DATA, lets it drive, gives it to the default PPO and lets its policy drive:
-`words` is git-tiny with a LoRA as in stage 2, `random words` its architecture from random weights, `classes` is git-tiny's
-image encoder with a head of five classes in the place of prompt and answers, `random classes` the same from random
-weights, `numbers` is told the speed and the offset that an instruction asks for in numbers. `no prior` trains nothing: it
-is the adapter that ships, with LANGUAGE_PRIOR = 0.
+Each run trains all weights of a model on the captions of stage 1, lets it drive, gives it to the default PPO and lets its
+policy drive: `words` is git-tiny, read the texts of stage 2, `random words` its architecture from random weights, `classes` is
+git-tiny's image encoder with a head of five classes in the place of prompt and answers, `random classes` the same from
+random weights, `numbers` is told the speed and the offset that an instruction asks for in numbers. `no prior` trains
+nothing: it is the adapter that ships, with LANGUAGE_PRIOR = 0.
+What differs beside the words: `classes` learns the plain answers alone, as it cannot be told anything, and in PPO nobody
+tells it anything; both kinds of classes read the encoder's first row, the words all of its rows through three more layers.
 Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
 Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds of
-the adapter that ships (benchmarks/seeds.py) stand beside them.
+the adapter that ships (benchmarks/seeds.py; only their PPO differs, not what it began from) stand beside them.
 
-    python -m benchmarks.controls      # not timed yet; after stage 1 for the last round of captions (docs/customise.md)
+    python -m benchmarks.controls      # not timed yet; after python collect_captions.py
 """
 
 import functools
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,25 +29,25 @@ import instructions
 import ppo_git_with_prompt as ppo
 import train_git_lora_carllava_style as stage2
 from benchmarks import drives, obedience, runs, seeds
-from captions import Captions, Collator, draw_texts, draw_told
+from captions import Collator, draw_texts, draw_told
 from fast import git_forward
-from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt, device
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, device
 from instructions import RACE, TARGET_SIZE, Target
 from offline import make_git_tiny
 from support import checks, plots, run_files
 from support.checkpoints import load_base
 from support.plots import plt
-from support.run_files import ROOT
 
 BASE = "offline/git-tiny"
-DATA = ("CarRacing-Data", "CarRacing-Data-2")  # of the last round
 EPOCHS = 2
 BATCH_SIZE = 128
-LEARNING_RATE = 5e-4  # peak of a one-cycle schedule where all weights train; a LoRA has that of stage 2
+LEARNING_RATE = 5e-4  # peak of a one-cycle schedule
 WEIGHT_DECAY = 0.05
 SEEDS = range(3)
-TRACKS = range(201_000, 201_100)
+TRACKS = seeds.TRACKS
 ARMS = ("words", "classes", "numbers", "no prior", "random words", "random classes")
+IN_WORDS = ("words", "random words")  # of these the captions are taught as texts
+TOLD = (*IN_WORDS, "numbers", "no prior")  # these can be told something
 COLORS = dict(zip((*ARMS, "CnnPolicy", "the adapter that ships"), plt.colormaps["tab10"].colors))
 OUTPUT = Path(__file__).parent / "controls"
 
@@ -87,8 +89,8 @@ class Classifier(GitText2ActionWithPrompt):
         return features, self.classes(features)
 
     @torch.no_grad()
-    def encode(self, frames, instructions=""):
-        each = [instructions] * len(frames) if isinstance(instructions, str) else instructions
+    def encode(self, frames, told=""):
+        each = [told] * len(frames) if isinstance(told, str) else told
         features, logits = self.classify(self.see(self.weights, frames), [read_numbers(said) for said in each])
         return features, logits.log_softmax(-1)
 
@@ -108,15 +110,17 @@ def classifier_loss(model, samples):
     return F.cross_entropy(logits, torch.tensor(labels, device=model.device))
 
 
-def fit(parameters, loss_of, data, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY):
+def fit(parameters, loss_of, data):
     """EPOCHS of AdamW on `loss_of` the batches of `data`."""
     loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=list)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=EPOCHS * len(loader))
+    optimizer, steps = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY), EPOCHS * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for epoch in tqdm(range(EPOCHS), unit="epoch"):
         losses = []
         for samples in loader:
             loss = loss_of(samples)
+            if not torch.isfinite(loss):
+                raise checks.BadInput("the loss is not finite: lower LEARNING_RATE in benchmarks/controls.py")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # as the Trainer of stage 2 does
@@ -126,20 +130,16 @@ def fit(parameters, loss_of, data, learning_rate=LEARNING_RATE, weight_decay=WEI
         tqdm.write(f"epoch {epoch + 1}: average loss {np.mean(losses):.3f}")
 
 
-def imitate_in_words(git, processor, data, lora):
-    """As stage 2 does it, with a LoRA or all weights; returns what `imitate` does."""
-    git, how = git_forward.train_by_this_pass(git, processor.image_processor), {}
-    if lora:
-        config = LoraConfig(r=stage2.LORA_RANK, lora_alpha=stage2.LORA_ALPHA, target_modules=LORA_TARGETS)
-        git = get_peft_model(git, config)
-        how = {"learning_rate": stage2.LEARNING_RATE, "weight_decay": stage2.WEIGHT_DECAY}
+def imitate_in_words(git, processor, data):
+    """On the texts of stage 2; returns what `imitate` does."""
+    git = git_forward.train_by_this_pass(git, processor.image_processor)
     collate = Collator(processor, functools.partial(draw_texts, reworded=stage2.REWORDED, wishes=stage2.WISHES))
 
     def loss_of(samples):
         return git(**{key: x.to(device()) for key, x in collate(samples).items()})["loss"]
 
-    fit([p for p in git.parameters() if p.requires_grad], loss_of, data, **how)
-    git = (git.merge_and_unload() if lora else git).requires_grad_(False)
+    fit([*git.parameters()], loss_of, data)
+    git.requires_grad_(False)
     return lambda: GitText2ActionWithPrompt(git, processor, {"base_model": BASE, "adapter": ""})
 
 
@@ -151,8 +151,8 @@ def imitate(arm, data):
     if arm.startswith("random"):
         git = make_git_tiny.make_model(processor.tokenizer)
     git = git.to(device())
-    if arm in ("words", "random words"):
-        return imitate_in_words(git, processor, data, lora=arm == "words")
+    if arm in IN_WORDS:
+        return imitate_in_words(git, processor, data)
     model = Classifier(git, processor, arm == "numbers")
     trained = [*git.parameters(), *model.hidden.parameters(), *model.classes.parameters()]
     fit(trained, functools.partial(classifier_loss, model), data)
@@ -183,25 +183,19 @@ def run(arm, seed):
     """One arm with one seed: how it drives after imitation, over its PPO run and at the end, and what it obeys then."""
     torch.manual_seed(seed)
     torch.set_num_threads(2)
-    data = Captions(*(ROOT / folder / "train" for folder in DATA))
-    load = imitate(arm, data)
+    began, (data, _) = time.time(), stage2.load_data()
+    load, facts = imitate(arm, data), {"arm": arm}
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    facts = {"arm": arm, "epochs": EPOCHS, "data": DATA, "captions": len(data)}
-    if arm != "no prior":  # it knows nothing before PPO
+    if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
+        hashes = [run_files.file_hash(path) for path in stage2.metadata_files()]
+        facts |= {"captions": len(data), "data_hash": " ".join(hashes)}
         facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
-    told = "words" in arm or arm == "no prior"
-    draw = draw_in_numbers if arm == "numbers" else functools.partial(instructions.draw, share=float(told))
+    draw = functools.partial(instructions.draw, share=float(arm in TOLD))
+    draw = draw_in_numbers if arm == "numbers" else draw
     measured, driver = runs.run(load, seed, TRACKS, evaluations=ppo.EVALUATIONS, envs={"draw": draw})
-    return facts | measured | ({"obeyed": obeyed(driver, arm)} if told or arm == "numbers" else {})
-
-
-def check_captions():
-    """Raise BadInput unless the captions are those of the last round of the adapter that ships."""
-    learned = checks.read_json(ROOT / ppo.MODEL / "run.json")["inputs"]["data_hash"]
-    if learned != " ".join(run_files.file_hash(ROOT / folder / "train" / "metadata.jsonl") for folder in DATA):
-        raise checks.BadInput(
-            f"DATA = {DATA}: not the captions of {ppo.MODEL}'s last round; docs/customise.md makes them"
-        )
+    facts |= measured | ({"obeyed": obeyed(driver, arm)} if arm in TOLD else {})
+    facts["constants"] |= run_files.constants_of(globals(), vars(stage2))
+    return facts | {"seconds": round(time.time() - began)}
 
 
 def load_runs(folder=OUTPUT):
@@ -211,10 +205,21 @@ def load_runs(folder=OUTPUT):
     return {arm: rows for arm, rows in found.items() if rows}
 
 
+def minus_words(rows, words):
+    """Mean difference of the returns from those of the arm `words`, and its interval, over the seeds that both have."""
+    ours, theirs = ({row["seed"]: row["returns"] for row in each} for each in (rows, words))
+    both = ours.keys() & theirs.keys()
+    if rows is words or not both:
+        return ""
+    difference = np.array([np.subtract(ours[seed], theirs[seed]) for seed in sorted(both)])
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean(), *seeds.interval(difference))
+
+
 def table(found):
     """The runs of `load_runs` as a Markdown table."""
     groups = {"taught": "obeyed, taught", "held_out": "other phrasings", "new": "never taught"}
-    heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "laps", *groups.values()]
+    heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "minus words (95 %)", "laps"]
+    heads += groups.values()
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, rows in found.items():
         before = [row["before_ppo"]["mean"] for row in rows if "before_ppo" in row]
@@ -222,6 +227,7 @@ def table(found):
         cells = [arm, f"{np.mean(before):.1f}" if before else ""]
         cells.append(f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(rows) > 1 else "one seed")
         cells.append(", ".join(f"{mean:.1f}" for mean in means))
+        cells.append(minus_words(rows, found.get("words", [])))
         cells.append(f"{np.mean([row['laps_finished_percent'] for row in rows]):.0f} %")
         told = [row["obeyed"] for row in rows if "obeyed" in row]
         shares = [[x["obeyed"] for rows in told for x in rows if x["group"] == group] for group in groups]
@@ -231,22 +237,20 @@ def table(found):
 
 
 def draw(found, path):
-    """Return over the frames of PPO: each arm a line, the mean of its seeds, between the lowest and the highest of them."""
+    """Return while PPO trains: each arm a line, the mean of its seeds, between the lowest and the highest of them."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm, rows in found.items():
-        x = [point["frames"] / 1000 for point in rows[0]["curve"]] + [rows[0]["frames"] / 1000]
-        y = np.array([[*(point["mean"] for point in row["curve"]), row["mean"]] for row in rows])
+        x = [point["frames"] / 1000 for point in rows[0]["curve"]]
+        y = np.array([[point["mean"] for point in row["curve"]] for row in rows])
         axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm} ({len(rows)} seeds)")
         axis.fill_between(x, y.min(0), y.max(0), color=COLORS[arm], alpha=0.15, lw=0)
-    title = "What words add: 20 validation tracks, at the end 100 test tracks"
-    axis.set(title=title, xlabel=plots.FRAMES_LABEL, ylabel="return, greedy")
+    axis.set(title="What words add: 20 validation tracks", xlabel=plots.FRAMES_LABEL, ylabel="return, greedy")
     axis.grid(alpha=0.3)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=4)
     plots.save(figure, path)
 
 
 def main():
-    check_captions()
     for seed in SEEDS:
         for arm in ARMS:
             runs.once(OUTPUT / f"{arm}_seed{seed}.json", functools.partial(run, arm, seed))

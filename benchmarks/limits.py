@@ -7,6 +7,7 @@ without. Writes benchmarks/limits.json.
     python -m benchmarks.limits      # a minute, on idle cores
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def measure_frames():
     limit = milliseconds(lambda: window.fill(1)) + milliseconds(window.max)
     times, drive = {}, simulator.record_drive(TRACK, FRAMES)
     for draw in (True, False):
-        env, actions = car_racing_env.make_env(1, draw=draw), iter(drive)
+        env, actions = car_racing_env.make_env(1, draw=draw), itertools.cycle(drive)
         env.reset(seed=TRACK)
         times[draw] = milliseconds(lambda env=env, actions=actions: env.step(next(actions)), FRAMES)
         env.close()

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 PPO with `CnnPolicy` in the same conditions, from random weights: same frames, frame skip, evaluations.
+"""Stable-Baselines3 PPO with `CnnPolicy` from random weights: the same frames, frame skip, rewards and evaluations.
 
 The environments are those in which nobody is told anything and no car is thrown about. Writes
 benchmarks/controls/CnnPolicy_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
@@ -32,11 +32,11 @@ NAME = "CnnPolicy"
 class Driver:
     """The most probable action; the environments take the simulator's indices as they are."""
 
-    def __init__(self, agent):
-        self.agent = agent
+    def __init__(self, policy):
+        self.policy = policy
 
     def __call__(self, frames, infos):
-        return self.agent.predict(frames.transpose(0, 3, 1, 2), deterministic=True)[0]
+        return self.policy.predict(frames.transpose(0, 3, 1, 2), deterministic=True)[0]
 
 
 class Curve(BaseCallback):

@@ -22,20 +22,11 @@ OUTPUT = Path(__file__).parent / "seeds"
 SEEDS = range(10)
 TRACKS = range(201_000, 201_100)
 RESAMPLES = 10_000
-EARLIER_TEACHER = (
-    300 * 16_384 * FRAME_SKIP
-)  # frames it was trained on: git-tiny and the first four rounds saw its drives
-# of each round of the adapter that ships: frames kept, and of which share of the decisions
-CAPTIONS = (
-    (47_000, 0.25),
-    (22_000, 0.5),
-    (22_000, 0.5),
-    (22_000, 0.5),
-    (42_000, 0.25),
-    (30_500, 0.5),
-    (24_000, 0.25),
-    (30_500, 0.5),
-)
+# frames that the teacher before was trained on: git-tiny and the first four rounds of captions saw its drives
+EARLIER_TEACHER = 300 * 16_384 * FRAME_SKIP
+# of each set of captions of the adapter that ships: frames kept, and of which share of the decisions
+QUARTER, HALF = (47_000, 42_000, 24_000), (22_000, 22_000, 22_000, 30_500, 30_500)
+CAPTIONS = [*((kept, 0.25) for kept in QUARTER), *((kept, 0.5) for kept in HALF)]
 
 
 def interval(returns, share=0.95, resamples=RESAMPLES, seed=0):
@@ -88,7 +79,8 @@ def frames():
     return {
         "teacher": teacher * train_teacher.NUM_STEPS * FRAME_SKIP,
         "the teacher before": EARLIER_TEACHER,
-        "git-tiny": round(make_git_tiny.TRAIN_FRAMES / make_git_tiny.KEEP) * FRAME_SKIP,
+        "git-tiny": round((make_git_tiny.TRAIN_FRAMES + make_git_tiny.VALIDATION_FRAMES) / make_git_tiny.KEEP)
+        * FRAME_SKIP,
         "captions": round(captions) * FRAME_SKIP,
         "PPO, each run": runs.FRAMES,
     }

@@ -42,12 +42,6 @@ class FastCarRacing(stock.CarRacing):
         self.reward, self.drawing = reward, drawing
         return self.state
 
-    def render(self):
-        drawing, score, self.drawing = self.drawing, self._score, True
-        picture = super().render()
-        self.drawing, self._score = drawing, score
-        return picture
-
     def close(self):
         """Also destroy the bodies: Box2D holds on to the Python objects in them, so that they would outlive the world."""
         self._destroy()

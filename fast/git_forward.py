@@ -7,7 +7,6 @@ inputs, and gradients flow through them. States, scores and gradients equal Hugg
 (tests/test_GitText2ActionWithPrompt.py).
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -181,8 +180,9 @@ def decode(w, x, mask=None, cache=None, rows=None):
     """Decoder states of the rows x (B, T, D), and the cache that rows after them attend to.
 
     `cache` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
-    `mask` bool (T, rows before + T), or one for each of B, says which row sees which; None: all see all. If `rows` int64 (B, R) is given, only
-    these leave the last layer: (B, R, D).
+    `mask` bool (T, rows before + T), or any shape that broadcasts to (B, heads, T, rows before + T), says which row sees
+    which; None: all see all. If `rows` int64 (B, R) is given, only these leave the last layer, (B, R, D): with no cache and
+    a mask (T, T).
     """
     new_cache = []
     for i, layer in enumerate(w.decoder):
@@ -199,7 +199,6 @@ def decode(w, x, mask=None, cache=None, rows=None):
     return x, new_cache
 
 
-@functools.lru_cache
 def prefix_mask(image_rows, text_rows, device):
     """GIT's attention mask: image rows see the image, text rows the image and the text up to themselves."""
     rows = image_rows + text_rows

@@ -17,7 +17,7 @@ from support.run_files import ROOT, read_log
 
 PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-SCORE = re.compile(r"\[[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json)\)(?:, laps \d+ %, min -?\d+)?")
+SCORE = re.compile(r"\[[^]]*±[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json)\)(?:, laps \d+ %, min -?\d+)?")
 MEANS = re.compile(r"(\[eval_log\.csv\]\(\S+\)\): )\d+\.\d(?:[ \n]->[ \n]\d+\.\d)*")
 
 

@@ -76,7 +76,7 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     (STAGE2, {"RESUME": True}, "checkpoints", remove, "run.json"),
     (STAGE2, {"RESUME": True}, "checkpoints/checkpoint-12/optimizer.pt", bomb, "checkpoint-12"),
     (PPO, {}, ADAPTER_TASK, ANOTHER_BASE, "base_fingerprint"),
-    *((PPO, {}, ADAPTER, spoil, "adapter") for spoil in (*HURT, bomb_as("adapter_model.bin"))),
+    *((PPO, {}, ADAPTER, spoil, "adapter/adapter_") for spoil in (*HURT, bomb_as("adapter_model.bin"))),
     (PPO, {"RESUME": True}, "results/run.json", replace('"lap_bonus": 100.0', '"lap_bonus": 1.0'), "REWARDS"),
     *((PPO, {"RESUME": True}, "results/state.pt", spoil, "state.pt") for spoil in (remove, damage, bomb)),
     (EVALUATE, {}, "results/policy", remove, "results/policy"),

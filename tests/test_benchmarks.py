@@ -1,8 +1,9 @@
-"""Ten seeds: the interval of their mean, and what is said of them together. The control that is told numbers."""
+"""Ten seeds: the interval of their mean, and what is said of them together. The controls without words."""
 
 import numpy as np
 import pytest
 
+import evaluate
 from benchmarks import controls, seeds
 from GitText2ActionWithPrompt import ANSWERS
 from instructions import RACE, Target
@@ -27,21 +28,53 @@ def test_runs_together():
     assert told["below_500_percent"] == 0.5 and told["laps_finished_percent"] == 90.5
 
 
-@pytest.mark.parametrize("arm, rate", [("numbers", 5e-3), ("words", 3e-3)])
-def test_a_control_learns_what_it_sees_and_is_told(toy_base, script, arm, rate):
-    """Dark frames mean gas and bright ones left, but for stop; the policy does it, with fresh heads and frozen."""
-    script("train_git_lora_carllava_style", LEARNING_RATE=rate)
-    edited = script("benchmarks/controls", BASE=str(toy_base), EPOCHS=60, BATCH_SIZE=16, LEARNING_RATE=rate)
+@pytest.fixture
+def captions():
+    """Dark frames mean gas and bright ones left, but for stop."""
     rng, data = np.random.default_rng(0), []
     for i in range(32):
         frame, text = rng.integers(0, 100, (96, 96, 3)), ["Accelerate", "Turn left"][i % 2]
         told = [("stop", "Stop.", "Brake"), ("garbled", "Xyz.", text)]
         told = [dict(zip(("instruction", "sentence", "text"), x)) for x in told]
         data.append(((frame + 150 * (i % 2)).astype(np.uint8), {"text": text, "told": told, "asked": []}))
-    model = edited.imitate(arm, data)()
+    return data
+
+
+@pytest.mark.parametrize("arm, rate", [("numbers", 5e-3), ("words", 3e-3)])
+def test_a_control_learns_what_it_sees_and_is_told(toy_base, script, captions, arm, rate):
+    """The policy does it, with fresh heads and frozen."""
+    edited = script("benchmarks/controls", BASE=str(toy_base), EPOCHS=60, BATCH_SIZE=16, LEARNING_RATE=rate)
+    model = edited.imitate(arm, captions)()
     stop = edited.in_numbers(Target(speed=0.0)) if arm == "numbers" else "Stop."
-    logits, _ = model(np.stack([data[i % 2][0] for i in range(4)]), ["", "", stop, stop])
+    logits, _ = model(np.stack([captions[i % 2][0] for i in range(4)]), ["", "", stop, stop])
     assert [[*ANSWERS][i] for i in logits.argmax(1)] == ["Accelerate", "Turn left", "Brake", "Brake"]
-    assert len(model.trained_parameters()) == 8  # the two heads
+    assert not any(p.requires_grad for p in model.git.parameters())
+
+
+def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, tmp_path, monkeypatch):
+    """All but PPO, whose runs are tested elsewhere."""
+    edited = script("benchmarks/controls", BASE=str(toy_base), EPOCHS=1, BATCH_SIZE=16)
+    score = {"mean": 900.0, "returns": [900.0] * 3, "laps_finished_percent": 90.0, "constants": {}}
+
+    def run(load, seed, tracks, **_):
+        return score | {"seed": seed, "curve": [{"frames": 0, "mean": 900.0}]}, evaluate.Policy(load())
+
+    monkeypatch.setattr(edited.runs, "run", run)
+    monkeypatch.setattr(edited.evaluate, "score", lambda *_: score)
+    monkeypatch.setattr(edited.stage2, "load_data", lambda: (captions, None))
+    monkeypatch.setattr(edited.stage2, "metadata_files", list)
+    monkeypatch.setattr(edited.ppo, "MODEL", str(toy_base))
+    toy = {"CASES": {"taught": ["stop"], "held_out": ["stop"], "new": []}, "WHEN": 2, "TOLD": 100, "TRACKS": [100_200]}
+    for name, x in toy.items():
+        monkeypatch.setattr(edited.obedience, name, x)
+    rows = {arm: [edited.run(arm, 0)] for arm in edited.ARMS}
+    assert [("before_ppo" in row, len(row.get("obeyed", []))) for (row,) in rows.values()] == [
+        (True, 2), (True, 0), (True, 1), (False, 2), (True, 2), (True, 0)
+    ]  # fmt: skip
+    assert all(f"\n| {arm} | " in edited.table(rows) for arm in edited.ARMS)
+    edited.draw(rows, tmp_path / "curves.png")
+
+
+def test_targets_told_in_numbers():
     for target in (RACE, Target(25.0), Target(side=-3.2), Target(0.0), Target(30.0, 0.0)):
         assert controls.read_numbers(controls.in_numbers(target)) == target

@@ -57,7 +57,7 @@ def test_the_saved_policy_scores_the_same(pipeline):
     facts, policy = read_json(pipeline.results / "eval_policy_100000.json"), pipeline.results / "policy"
     driver = pipeline.evaluate.Policy(GitText2ActionWithPrompt.from_policy(policy))
     again = pipeline.evaluate.evaluate(driver, [100_000, 100_001], 1, progress=False)
-    assert [round(r["return"], 2) for r in again] == facts["returns"] and facts["seeds"] == [100_000, 100_001]
+    assert [round(r["return"], 2) for r in again] == facts["returns"] and facts["tracks"] == [100_000, 100_001]
     assert facts["weights_hash"] == file_hash(policy / "policy.safetensors")
     summary = [function(facts["returns"]) for function in (np.mean, np.std, np.median, min, max)]
     assert [facts[name] for name in ("mean", "std", "median", "min", "max")] == pytest.approx(summary, abs=0.01)
