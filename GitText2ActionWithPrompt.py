@@ -2,9 +2,9 @@
 
 Reads a GIT base and (optionally) a LoRA adapter and a policy folder; writes a policy folder. Shared by every script.
 
-The prompt is the question, or an instruction and the question: "Keep left. What should the vehicle do in this scenario?"
-From one pass over image and prompt come `features`, the hidden state of the prompt's last token, and `answer_log_probs`,
-how likely the model finds each of the five answers. The policy is
+The prompt is the question, or an instruction and the question: "Keep left. What should the vehicle do in this
+scenario?" From one pass over image and prompt come `features`, the hidden state of the prompt's last token, and
+`answer_log_probs`, how likely the model finds each of the five answers. The policy is
 
     action_logits = LANGUAGE_PRIOR * log(0.98 p + 0.02 / 5) + policy_head(features);  value = value_head(features)
 
@@ -124,8 +124,8 @@ def parse_answer(text):
 class GitText2ActionWithPrompt(nn.Module):
     """GIT + prompt + policy head: frames uint8 (B, 96, 96, 3) in, five action logits and a value out.
 
-    `instructions` are one sentence for all frames, or a list with one for each; "" is the question alone. `git` stays on
-    its device. Its weights are read into the fast pass once, here; whoever trains them calls `prepare` again.
+    `instructions` are one sentence for all frames, or a list with one for each; "" is the question alone. `git` stays
+    on its device. Its weights are read into the fast pass once, here; whoever trains them calls `prepare` again.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class GitText2ActionWithPrompt(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **head):
-        """Frozen: an adapter of stage 2, merged into the base that it names, or a GIT base, by folder or the Hub's name."""
+        """Frozen: an adapter of stage 2 merged into its base, or a GIT base, by folder or the Hub's name."""
         git, processor, source = load_git(str(name), task())
         return cls(git.eval().requires_grad_(False).to(device()), processor, source, **head)
 
@@ -173,7 +173,7 @@ class GitText2ActionWithPrompt(nn.Module):
         return model
 
     def save_policy(self, folder, **facts):
-        """Write `policy.safetensors` (the trained weights), `policy.json` (base, adapter, task, head, `facts`) and a card."""
+        """Write `policy.safetensors` (the trained weights), `policy.json` (what they stand on, `facts`) and a card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         facts |= self.source | task() | {name: getattr(self, name) for name in HEAD_FACTS}
@@ -184,7 +184,7 @@ class GitText2ActionWithPrompt(nn.Module):
         write_file(folder / "README.md", cards.policy_card(shown, facts).encode())
 
     def trained_parameters(self):
-        """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA if there is one."""
+        """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA, if any."""
         return {name: p.detach() for name, p in self.named_parameters() if "_head." in name or "lora_" in name}
 
     def load_trained(self, weights, file):
@@ -194,7 +194,7 @@ class GitText2ActionWithPrompt(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     def prepare(self):
-        """Read the backbone's present weights into the fast pass: the answers are those of the backbone as it is now."""
+        """Read the backbone's present weights into the fast pass, which answers with them from now on."""
         assert not self.trains_lora, "the answers stay those without the LoRA that PPO trains"
         self.weights = git_forward.prepare(self.base, self.processor.image_processor)
 

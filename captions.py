@@ -1,7 +1,7 @@
 """The captions of stage 1 as a GIT reads them: frames, the texts of each, and batches of both.
 
-A text is an instruction ("" for none), a question and the answer to it. The answer's tokens are supervised, the prompt's not:
-`[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding.
+A text is an instruction ("" for none), a question and the answer to it. The answer's tokens are supervised, the
+prompt's not: `[CLS] prompt answer [SEP]`, with labels -100 on prompt and padding.
 """
 
 import json
@@ -58,9 +58,10 @@ def draw_told(row):
 def draw_texts(row, reworded=0.0, wishes=0.0):
     """The texts that one frame is read with in training, as (instruction, question, answer).
 
-    The plain question, the question under the frame's first instruction (the driver's, if it had one) and under another one,
-    and a question about the scene or, in a share `wishes` of the frames, about the instruction; as far as stage 1 gave the frame any. A share
-    `reworded` of the plain questions, and half of it of those under an instruction, are in other words.
+    The plain question, the question under the frame's first instruction (the driver's, if it had one) and under another
+    one, and a question about the scene or, in a share `wishes` of the frames, about the instruction; as far as stage 1
+    gave the frame any. A share `reworded` of the plain questions, and half of it of those under an instruction, are in
+    other words.
     """
 
     def wording(share):
@@ -92,7 +93,7 @@ def all_texts(row):
 
 
 class Collator:
-    """Frames and rows -> pixel_values (B, 3, S, S), input_ids and labels (B, texts, T), the texts chosen by `choose`."""
+    """Frames and rows -> pixel_values (B, 3, S, S), input_ids and labels (B, texts, T) of what `choose` chooses."""
 
     def __init__(self, processor, choose):
         self.processor, self.choose = processor, choose

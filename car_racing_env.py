@@ -1,8 +1,9 @@
 """The world: Gymnasium's CarRacing behind a frame skip, and the training-only rewards.
 
 Reads and writes nothing. `make_env()` is the plain task, scored as published: the physics, pixels and rewards of
-`gym.make("CarRacing-v3", continuous=False)`. `make_training_env()` puts `TrainingRewards` around it; no evaluation does.
-To change what training rewards, add a field to `Rewards` and a line to `TrainingRewards.step` (docs/customise.md).
+`gym.make("CarRacing-v3", continuous=False)`. `make_training_env()` puts `TrainingRewards` around it; no evaluation
+does. To change what training rewards, add a field to `Rewards` and a line to `TrainingRewards.step`
+(docs/customise.md).
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ TRAIN_TRACKS = 100_000  # training draws track seeds below; the seeds from here 
 class Rewards:
     """What training adds to the task's reward. None of it can reach an evaluation.
 
-    To a driver that discounts, 10 % more speed is worth some 10 points, to the task less than 1: it would hurry and make
-    mistakes. So a mistake costs ten times what the task charges for it.
+    To a driver that discounts, 10 % more speed is worth some 10 points, to the task less than 1: it would hurry and
+    make mistakes. So a mistake costs ten times what the task charges for it.
     """
 
     clip: float = 10.0  # bound on the task's reward per decision; at 1 two tiles, 3.5 each, would pay like one
@@ -40,8 +41,8 @@ class Rewards:
     thrown_grace: int = 300  # frames after a throw that turned the car: neither grass nor missed tiles cost anything
     progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
     facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
-    # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does, and none left behind
-    # costs; being off the side asked for costs; both are per decision, for errors from 0 to 1
+    # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does, and none left
+    # behind costs; being off the side asked for costs; both are per decision, for errors from 0 to 1
     speed_kept: float = 2.4
     side_left: float = 3.0
 
@@ -85,13 +86,12 @@ def episode_end(terminated, truncated, info):
 
 
 class TrainingRewards(gym.Wrapper):
-    """Training only: the task's reward clipped, the terms of `Rewards`, an early stop on grass, a track drawn per episode.
+    """Training only: the task's reward clipped, the terms of `Rewards`, an early stop, a track per episode.
 
-    Track seeds are drawn below TRAIN_TRACKS from the wrapper's own generator `rng`, so that a logged `track_seed` replays
-    its track. The early stop is a termination with a penalty, never a truncation. When an episode ends, `info["episode_summary"]`
-    holds its true `return`, its `length` in frames, `end` ("lap", "field", "time", "grass"), `track_seed` and `told`, whether
-    it was under instructions.
-    Around `Instructed` it pays for what was told.
+    Track seeds are drawn below TRAIN_TRACKS from the wrapper's own generator `track_rng`, so that a logged `track_seed`
+    replays its track. The early stop, on grass, is a termination with a penalty, never a truncation. When an episode
+    ends, `info["episode_summary"]` holds its true `return`, its `length` in frames, `end` ("lap", "field", "time",
+    "grass"), `track_seed` and `told`, whether it was under instructions. Around `Instructed` it pays for what was told.
     """
 
     def __init__(self, env, seed, rewards=REWARDS):
@@ -155,7 +155,7 @@ class TrainingRewards(gym.Wrapper):
         return float(np.cos(self.get_wrapper_attr("road").heading - self.unwrapped.car.hull.angle))
 
     def _look_at_the_road(self):
-        """Tiles newly left behind unvisited, frames since a wheel touched the road, and the penalties' present share."""
+        """Tiles newly left behind unvisited, frames since a wheel touched the road, the penalties' present share."""
         base = self.unwrapped
         touched = [tile.idx for wheel in base.car.wheels for tile in wheel.tiles]
         self.grass_frames = 0 if touched else self.grass_frames + self.frame_skip
@@ -173,11 +173,12 @@ class TrainingRewards(gym.Wrapper):
 
 
 class Instructed(gym.Wrapper):
-    """Tell the driver what to do, and now and then something else. `TrainingRewards`, which pays for it, goes around it.
+    """Tell the driver what to do, and now and then something else; goes inside `TrainingRewards`, which pays for it.
 
     `draw_instruction` maps a generator to an `instructions.Told`; each decision draws anew with probability `change`, a
     driver told to stop three times as often. `told` holds for the next decision, `info["instruction"]` is its sentence,
-    `info["kind"]` what was told for the last one ("" for nothing) and `info["obeyed"]` whether the car then was as told.
+    `info["kind"]` what was told for the last one ("" for nothing) and `info["obeyed"]` whether the car then was as
+    told.
     """
 
     told = instructions.NOTHING
@@ -207,7 +208,7 @@ class Instructed(gym.Wrapper):
 
 
 def make_env(frame_skip=FRAME_SKIP, draw=True, **kwargs):
-    """The plain task: CarRacing with five discrete actions, `frame_skip` frames per decision, at most MAX_FRAMES frames.
+    """The plain task: CarRacing, five actions, `frame_skip` frames per decision, at most MAX_FRAMES frames.
 
     Keyword arguments go to `CarRacing`. With `draw=False` observations are None: for drivers that see the state.
     """
@@ -222,8 +223,8 @@ def make_training_env(
 ):
     """The plain task inside `TrainingRewards`; `seed` decides the tracks.
 
-    With `draw_instruction` under instructions that change with probability `change` per decision (see `Instructed`); with
-    `thrown` the car is thrown about with that probability per decision.
+    With `draw_instruction` under instructions that change with probability `change` per decision (see `Instructed`);
+    with `thrown` the car is thrown about with that probability per decision.
     """
     env = make_env(frame_skip, draw)
     env = Throws(env, thrown, thrown) if thrown else env

@@ -1,14 +1,15 @@
 """Stage 1: a trained policy drives, and each frame it sees becomes an image with answers in words.
 
-Reads offline/teacher.safetensors (or an adapter, or a PPO policy). Writes CarRacing-Data/, an imagefolder dataset: train/ and
-validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet, task.json and run.json.
+Reads offline/teacher.safetensors (or an adapter, or a PPO policy). Writes CarRacing-Data/, an imagefolder dataset:
+train/ and validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet, task.json and
+run.json.
 
     python collect_captions.py      # 2 to 6 minutes on two CPU cores: 47,000 frames
 
-The driver is told other things while it drives, does random things now and then, and is thrown about. Whatever it really
-does, each frame is labelled with what the teacher would do plainly ("text"), under what it is told and under several other
-instructions ("told": dreamed labels, so that no shortcut past the words exists), and with some questions about the scene
-("asked").
+The driver is told other things while it drives, does random things now and then, and is thrown about. Whatever it
+really does, each frame is labelled with what the teacher would do plainly ("text"), under what it is told and under
+several other instructions ("told": dreamed labels, so that no shortcut past the words exists), and with some questions
+about the scene ("asked").
 
 Then: python train_git_lora_carllava_style.py
 """
@@ -41,7 +42,8 @@ from support.checkpoints import TASK_FILE
 from support.run_files import ROOT
 from teacher import TEACHER, PrivilegedState, load_teacher
 
-POLICY = "teacher"  # who drives: "teacher", a PPO policy's folder such as "results/policy", or an adapter's, whose answers drive
+# who drives: "teacher", a PPO policy's folder such as "results/policy", or an adapter's, whose answers drive
+POLICY = "teacher"
 ANSWER_BY = "teacher"  # who answers: "teacher" (with another one driving: DAgger), or "policy", the driver itself
 OUTPUT_DIR = "CarRacing-Data"
 
@@ -100,8 +102,8 @@ class Settings(NamedTuple):
 def collect_episode(track_seed, settings, split="taught"):
     """Drive one track; returns the frames kept and their metadata rows, nothing if the car got stuck.
 
-    `split` says which phrasings are used: "taught", some of them varied, or "both" in turn, as they are. Everything random
-    comes from the track seed, so the dataset does not depend on the number of workers.
+    `split` says which phrasings are used: "taught", some of them varied, or "both" in turn, as they are. Everything
+    random comes from the track seed, so the dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(settings.policy)
     rng, varied = np.random.default_rng([track_seed, 4]), settings.varied if split == "taught" else 0.0
@@ -154,7 +156,7 @@ def collect_episode(track_seed, settings, split="taught"):
 
 
 def collect_split(run_jobs, folder, tracks, num_frames):
-    """Fill one split's folder with `num_frames` frames and its metadata.jsonl; returns the rows and the number of stuck episodes."""
+    """Fill a split's folder with frames and metadata.jsonl; returns the rows and how many episodes got stuck."""
     folder.mkdir(parents=True)
     rows, stuck = [], 0
     split = "both" if folder.name == "validation" else "taught"
@@ -213,8 +215,10 @@ def main():
     weights = sorted((ROOT / POLICY).glob("*.safetensors"))  # none where the teacher drives
     facts |= {f"driver_{path.stem}_hash": run_files.file_hash(path) for path in weights}
     run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
-    print(f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the shipped "
-          f"sample comes back with: git checkout {OUTPUT_DIR}), 2 to 6 minutes for 47,000 on two CPU cores")  # fmt: skip
+    print(
+        f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the "
+        f"shipped sample comes back with: git checkout {OUTPUT_DIR}), 2 to 6 minutes for 47,000 on two CPU cores"
+    )
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with processes.workers(NUM_WORKERS) as run_jobs:
@@ -233,9 +237,8 @@ def main():
     run_files.write_json(partial / "task.json", model_file.task())
     run_files.write_run(partial, run)
     run_files.replace_folder(partial, output)
-    print(
-        f"{table(counts)}\nwrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s; next: python train_git_lora_carllava_style.py"
-    )
+    print(f"{table(counts)}\nwrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s")
+    print("next: python train_git_lora_carllava_style.py")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Open a page, watch it drive and talk to it.
 
-Reads the published policy (or POLICY), its adapter and the teacher; writes nothing. Wants the packages of requirements-demo.txt.
+Reads the published policy (or POLICY), its adapter and the teacher; writes nothing. Wants the packages of
+requirements-demo.txt.
 
     python demo.py      # prints an address and opens it in the browser; Ctrl-C ends it
 
-The page (page/) and this server talk over one WebSocket a visitor. The server sends what happens, a JSON object per decision with
-a picture of each drive; the visitor sends objects with one key, COMMANDS. Each visitor has a `Session`: one or two drives on
-one track, in a thread of its own, which share the model.
+The page (page/) and this server talk over one WebSocket a visitor. The server sends what happens, a JSON object per
+decision with a picture of each drive; the visitor sends objects with one key, COMMANDS. Each visitor has a `Session`:
+one or two drives on one track, in a thread of its own, which share the model.
 """
 
 import asyncio
@@ -143,7 +144,7 @@ class Drive(film.Drive):
 
 
 class Session(threading.Thread):
-    """One visitor's drives: a thread that drives at the simulator's pace and does what `commands` say between two decisions.
+    """One visitor's drives: a thread at the simulator's pace that obeys `commands` between two decisions.
 
     `send` is called from it with what the page shall know, a dict, and at the end with None.
     """
@@ -197,7 +198,10 @@ class Session(threading.Thread):
             drive.tell(sentence)
 
     def obey(self):
-        """Do what the visitor has sent; returns whether anything came. Several that begin anew do it once, afterwards."""
+        """Do what the visitor has sent; returns whether anything came.
+
+        Several that begin anew do it once, afterwards.
+        """
         changed = False
         while not self.commands.empty():
             (command, value), changed = self.commands.get(), True
@@ -274,7 +278,7 @@ def understand(message):
 
 
 class Latest:
-    """The messages on their way to a page: all notes, but of the pictures only the last one, sent when the one before was seen.
+    """The messages to a page: all notes, but of the pictures the last one, once the one before was seen.
 
     So a slow page gets fewer pictures, not an ever longer queue.
     """

@@ -1,8 +1,8 @@
 """Drive a fixed set of tracks with any driver and write what it scored.
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
-words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json and, if asked, a video.
-The task is the plain one: no training rewards, no early stop, 1000 frames at most.
+words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json and, if asked, a
+video. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
 """
@@ -48,7 +48,7 @@ SEED = 0  # of the random driver
 
 
 class Random:
-    """Random actions, whatever it is told: drawn from the state, so that they are the same in any thread and company."""
+    """Random actions, whatever it is told, drawn from the state: the same in any thread and company."""
 
     told = ""
 
@@ -60,7 +60,10 @@ class Random:
 
 
 class Teacher:
-    """The collecting policy; it reads the simulator's state from `infos`. `told` is a `Target`, or one for each frame."""
+    """The collecting policy; it reads the simulator's state from `infos`.
+
+    `told` is a `Target`, or one for each frame.
+    """
 
     def __init__(self, told=RACE):
         self.teacher, self.told = load_teacher(), told
@@ -119,7 +122,8 @@ def named_target(name):
     names = {"", *instructions.INSTRUCTIONS, *instructions.COMBINATIONS, *instructions.HELD_OUT_COMBINATIONS}
     if name not in names:
         raise checks.BadInput(
-            f"INSTRUCTION = {name!r} in evaluate.py: the teacher reads no words, use one of {', '.join(sorted(names)[1:])}"
+            f"INSTRUCTION = {name!r} in evaluate.py: the teacher reads no words, use one of "
+            f"{', '.join(sorted(names)[1:])}"
         )
     return instructions.target(name) if name else RACE
 
@@ -140,8 +144,8 @@ WEIGHTS = {
 def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=True):
     """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
-    `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only for
-    environments that still drive, by NUM_WORKERS threads, each for a share of the tracks.
+    `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only
+    for environments that still drive, by NUM_WORKERS threads, each for a share of the tracks.
     """
     tracks = list(tracks)
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))

@@ -33,7 +33,7 @@ class Drive:
         self.total, self.end, self.decision, self.scene = 0.0, "", 0, ""
 
     def decide(self):
-        """The simulator's action for the present frame, and the answer and the five probabilities, None without a model."""
+        """The simulator's action for this frame, the answer and the five probabilities, None without a model."""
         if not self.reads:
             return int(self.driver(self.obs[None], {"state": self.info["state"][None]})[0]), None, None
         if self.decision % SCENE_EVERY == 0:
@@ -67,8 +67,8 @@ class Drive:
 def drive(driver, track_seed, heat_map=False):
     """Drive one track; yields for each decision a picture, uint8 (560, 600, 3), and the return after it.
 
-    The frame large; below it prompt, answer, action, probabilities, a sentence about the scene, speed and return. Drivers
-    without a model get the frame, the action and the numbers.
+    The frame large; below it prompt, answer, action, probabilities, a sentence about the scene, speed and return.
+    Drivers without a model get the frame, the action and the numbers.
     """
     car = Drive(driver, track_seed)
     with contextlib.closing(car.env):
@@ -112,7 +112,7 @@ def check_display():
 
 
 def watch(driver, track_seed, heat_map=False):
-    """Show a driver on one track in a window, at the simulator's speed if the model is fast enough; closing it stops."""
+    """Show a driver on one track in a window, at the simulator's speed or slower; closing it stops."""
     pygame.display.init()
     window = pygame.display.set_mode((600, 560))
     pygame.display.set_caption(f"track {track_seed}")
@@ -130,7 +130,7 @@ def watch(driver, track_seed, heat_map=False):
 
 @torch.no_grad()
 def attention(model, frames, instruction=""):
-    """Where the prompt's last token looks: (B, n, n), its attention to the n x n patches in the last layer, mean of heads."""
+    """Where the prompt's last token looks: (B, n, n), attention to the patches in the last layer, mean of heads."""
     pixels = model.processor.image_processor(list(frames), return_tensors="pt").pixel_values.to(model.device)
     tokens, _ = model.prompts(instruction, len(frames))
     rows = model.base(tokens, pixel_values=pixels, output_attentions=True).attentions[-1].mean(1)[:, -1]

@@ -1,11 +1,12 @@
 """What can be said to the car: instructions, their phrasings, what the driver shall do, and when it counts as obeyed.
 
-Reads and writes nothing. To add an instruction, add one entry to INSTRUCTIONS: the teacher drives by its target, obedience is
-measured on it, and the model only ever sees the sentences. Targets and thresholds were fixed before a model learned any.
+Reads and writes nothing. To add an instruction, add one entry to INSTRUCTIONS: the teacher drives by its target,
+obedience is measured on it, and the model only ever sees the sentences. Targets and thresholds were fixed before a
+model learned any.
 
 Language has splits as tracks have: `taught` phrasings are for stages 1 to 3; `held_out` ones, HELD_OUT_SPEEDS,
-HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only. Two of the held-out phrasings, "The car drives at speed"
-and "The car stands still", the model knows as answers about the scene, never as something to obey.
+HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only. Two of the held-out phrasings, "The car drives at
+speed" and "The car stands still", the model knows as answers about the scene, never as something to obey.
 """
 
 import functools
@@ -269,7 +270,8 @@ for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
         share=0.0 if word in HELD_OUT_SPEEDS else 0.02,
     )
 
-# a speed and a side: one sentence for each, in either order; "slow right" asks for what "speed twenty right", taught, does
+# a speed and a side: one sentence for each, in either order; "slow right" asks for what "speed twenty right", taught,
+# does
 HELD_OUT_COMBINATIONS = {"slow right", "speed thirty left", "speed forty middle"}
 COMBINATIONS = {
     f"{speed} {side}"
@@ -279,13 +281,14 @@ COMBINATIONS = {
 
 COMBINATION_SHARE = 0.3  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
 GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
-# how often a sentence that names the other side is said in training, relative to the others: said as often, neither "left"
-# nor "right" tells much by itself, and LoRA had not learned which is which (LOG.md)
+# how often a sentence that names the other side is said in training, relative to the others: said as often, neither
+# "left" nor "right" tells much by itself, and LoRA had not learned which is which (LOG.md)
 INDIRECT = 0.4
 SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # which varied sentences drop or add
 SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
 
-# asked after an instruction: about the words alone, `wish` answers it; about the words and the picture, `fit` answers it
+# asked after an instruction: about the words alone, `wish` answers it; about the words and the picture, `fit` answers
+# it
 WISH_QUESTION = "What do I want?"
 FIT_QUESTION = "Is it as I want it?"
 FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units, in the steps of questions.py, that are no complaint
@@ -363,7 +366,7 @@ def phrase(name, rng, split="taught"):
 
 
 def varied(sentence, rng):
-    """The sentence as somebody else might say it: small words left out or added, perhaps with one about something else."""
+    """The sentence as somebody else might say it: small words left out or added, perhaps with small talk."""
     words = [word for word in sentence[:-1].split() if word.strip(",").lower() not in SMALL_WORDS or rng.random() < 0.7]
     words = words or [sentence[:-1]]
     before, after = rng.choice(["", "", "", "please", "now"]), rng.choice(["", "", "", "please", "now", "here"])
@@ -426,7 +429,7 @@ def say(name, rng, split="taught", varied_share=0.0):
 
 
 def obeyed_shares(obedience):
-    """Share of all decisions in which what was told was the case, from pairs `(kind, obeyed)`; nan for kinds never told."""
+    """Share of decisions in which what was told was so, from pairs `(kind, obeyed)`; nan for kinds never told."""
     if not obedience:
         return {}
     kinds = [kind for kind in KINDS if kind not in ("race", "chatter", "garbled")]  # nothing to obey
@@ -442,7 +445,7 @@ def wish(name):
 
 
 def fit(target, speed, offset):
-    """The answer to FIT_QUESTION under a target, from `speed` and `offset` in the steps in which questions.py tells them."""
+    """The answer to FIT_QUESTION under a target; `speed` and `offset` are taken in the steps of questions.py."""
     said = []
     offset = questions.OFFSET_PACE * round(offset / questions.OFFSET_PACE)
     speed = max(questions.SPEED_STEP * round(speed / questions.SPEED_STEP), 0)
@@ -454,7 +457,7 @@ def fit(target, speed, offset):
 
 
 def taught_sentences():
-    """Everything that may be said in training as written, each sentence by itself: a set of strings; `varied` makes more."""
+    """Every sentence that may be said in training, as written, a set of strings; `varied` makes more."""
     names = INSTRUCTIONS.keys() - HELD_OUT_NAMES
     return {sentence for name in names for sentence in INSTRUCTIONS[name].taught} | set(WORDINGS)
 

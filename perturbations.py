@@ -1,4 +1,4 @@
-"""What throws a driver off its line, so that it is seen to come back, or learns to: random actions, and the car thrown about.
+"""What throws a driver off its line, so that it comes back: random actions, and the car thrown about.
 
 Reads and writes nothing.
 """
@@ -41,11 +41,11 @@ class RandomBursts(gym.Wrapper):
 
 
 class Throws(gym.Wrapper):
-    """Throw the car about, so that coming back is learned: with probability `at_start` at once, later with `chance` per decision.
+    """Throw the car about, so that coming back is learned: first with probability `at_start`, then `chance`.
 
-    In a share `sped_up` of the throws its speed becomes one of SPED_UP_TO, mostly more. In the others it is turned by any angle
-    and, half of the time, put anywhere across road and verge; its velocity then turns along, stays as it was (the car
-    slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it was turned.
+    In a share `sped_up` of the throws its speed becomes one of SPED_UP_TO, mostly more. In the others it is turned by
+    any angle and, half of the time, put anywhere across road and verge; its velocity then turns along, stays as it was
+    (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it was turned.
     """
 
     def __init__(self, env, at_start=0.0, chance=0.0, sped_up=SPED_UP):

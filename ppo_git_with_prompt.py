@@ -1,7 +1,8 @@
 """Stage 3: PPO turns the fine-tuned model's answers into a driver.
 
-Reads the adapter of stage 2 (which names its base). Writes results/: reward_log.csv (a row per episode), update_log.csv,
-eval_log.csv, graphs, videos, policy/ (the running average of the weights), state.pt (to resume), run.json, tensorboard/.
+Reads the adapter of stage 2 (which names its base). Writes results/: reward_log.csv (a row per episode),
+update_log.csv, eval_log.csv, graphs, videos, policy/ (the running average of the weights), state.pt (to resume),
+run.json, tensorboard/.
 
     python ppo_git_with_prompt.py      # 9 to 25 minutes on two CPU cores; expect a median of 921
 
@@ -77,8 +78,8 @@ def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     Tensors are float32 (T, N). `next_value[t]` is the value of the state that followed step t, before any reset;
-    `terminated` marks real ends, which are worth nothing afterwards; `done` every episode end, truncation included, where
-    the sum stops but the value is still bootstrapped. Returns advantage and return (advantage + value).
+    `terminated` marks real ends, which are worth nothing afterwards; `done` every episode end, truncation included,
+    where the sum stops but the value is still bootstrapped. Returns advantage and return (advantage + value).
     """
     advantage, running = torch.empty_like(reward), 0.0
     delta = reward + gamma * next_value * (1 - terminated) - value
@@ -91,8 +92,8 @@ def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 def ppo_losses(logits, value, action, old_log_prob, advantage, returns, clip):
     """The terms of the clipped objective (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9), and their diagnostics.
 
-    `logits` float32 (B, A), `action` int64 (B,), the others float32 (B,); `advantage` is used as given. Returns scalars:
-    policy_loss, value_loss and entropy with gradients, approx_kl and clipfrac without.
+    `logits` float32 (B, A), `action` int64 (B,), the others float32 (B,); `advantage` is used as given. Returns
+    scalars: policy_loss, value_loss and entropy with gradients, approx_kl and clipfrac without.
     """
     log_probs = logits.log_softmax(-1)
     log_ratio = log_probs.gather(1, action[:, None])[:, 0] - old_log_prob

@@ -1,7 +1,7 @@
 """What can be asked about the scene: questions, each in several wordings, and the sentences that answer them.
 
-Reads and writes nothing. The answers come from the simulator's state; none of them says what to do. git-tiny learns to see
-by them (offline/make_git_tiny.py), and stage 2 keeps them.
+Reads and writes nothing. The answers come from the simulator's state; none of them says what to do. git-tiny learns to
+see by them (offline/make_git_tiny.py), and stage 2 keeps them.
 """
 
 import re
@@ -71,7 +71,7 @@ def paces(value, pace, place, zero):
 
 
 def graded(value, steps, manners):
-    """Which of the `manners` the size of `value` falls into, with the side it is on; "" below the first of the `steps`."""
+    """Which of the `manners` the size of `value` falls into, and its side; "" below the first of the `steps`."""
     grade = int(np.searchsorted(steps, abs(value)))
     return "" if grade == 0 else " ".join(f"{manners[grade - 1]} to the {'left' if value < 0 else 'right'}".split())
 

@@ -1,6 +1,7 @@
 """Where the car is on the road, what else the simulator knows of it, and putting it elsewhere.
 
-Reads and writes nothing. Units are the simulator's: of length Box2D's metre, of which the road is 13.3 wide; seconds; radians.
+Reads and writes nothing. Units are the simulator's: of length Box2D's metre, of which the road is 13.3 wide; seconds;
+radians.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ STATE_SIZE = 15 + 2 * TILES_AHEAD
 class Road:
     """Where on the road the car of an environment is: `look` sets the attributes anew.
 
-    `tile` is the index of the nearest one in `track` (N, 4: alpha, heading, x, y), followed along the road, as tracks pass
-    close to themselves; a car beside the road and twice as close to another stretch of it took a short cut, of which there
-    were `short_cuts`, and is followed there. `offset` is the distance from the middle, right positive; `heading` the road's;
-    `travelled` the tiles' lengths driven along the road since `look` was first called, backwards negative, short cuts not
-    counted.
+    `tile` is the index of the nearest one in `track` (N, 4: alpha, heading, x, y), followed along the road, as tracks
+    pass close to themselves; a car beside the road and twice as close to another stretch of it took a short cut, of
+    which there were `short_cuts`, and is followed there. `offset` is the distance from the middle, right positive;
+    `heading` the road's; `travelled` the tiles' lengths driven along the road since `look` was first called, backwards
+    negative, short cuts not counted.
     """
 
     def __init__(self, env):
@@ -52,7 +53,7 @@ class Road:
 
 
 class State(NamedTuple):
-    """What the simulator knows of a car, or of several, read from their encoded states (..., STATE_SIZE), numpy or torch."""
+    """What the simulator knows of cars, read from their encoded states (..., STATE_SIZE), numpy or torch."""
 
     forward: Any  # speed along the car, (...)
     right: Any  # and across it, (...)
@@ -69,7 +70,8 @@ class State(NamedTuple):
 def encode_state(env):
     """The car's `State` of this moment as the teacher reads it, float32 (STATE_SIZE,), roughly in [-1, 1].
 
-    Neither time nor progress. The camera shows a little less: the last points, and those behind a turned car, lie outside.
+    Neither time nor progress. The camera shows a little less: the last points, and those behind a turned car, lie
+    outside.
     """
     car, road = env.unwrapped.car, env.get_wrapper_attr("road")
     hull = car.hull
@@ -111,7 +113,7 @@ def read_state(states):
 
 
 class FollowRoad(gym.Wrapper):
-    """Keep `road`, where on it the car is, up to date: it looks once after each decision, for all wrappers around it."""
+    """Keep `road`, where on it the car is, up to date: it looks once after each decision, for all wrappers."""
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
@@ -125,7 +127,7 @@ class FollowRoad(gym.Wrapper):
 
 
 def move_car(car, turn, shift=(0.0, 0.0), velocity=None):
-    """Turn the car about its hull's centre by `turn` radians, counterclockwise, and shift it: a rigid motion of hull and wheels.
+    """Turn car and wheels by `turn` radians about the hull's centre, counterclockwise, and shift them.
 
     Their velocities turn along, or become `velocity`, with wheels that roll at that speed.
     """

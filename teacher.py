@@ -53,13 +53,14 @@ def mlp(inputs, outputs, hidden_size=192):
 
 
 class Teacher(nn.Module):
-    """An MLP from privileged state and target (B, STATE_SIZE + TARGET_SIZE) to logits over the simulator's actions (B, 5).
+    """An MLP from state and target (B, STATE_SIZE + TARGET_SIZE) to logits of the simulator's actions (B, 5).
 
-    Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A policy
-    that races already takes millions of decisions to find out that it could be slow. Told no speed it is held to RACE_LIMIT,
-    told a side to CRUISE; it gives gas when it stands, and does not brake while it faces the wrong way: it would stand there
-    for good, steering. Told a side another governor steers at a point of it two tiles ahead (pure pursuit, Coulter 1992,
-    CMU-RI-TR-92-01): the net alone swings around the middle of the road, within a third of its width three quarters of the time.
+    Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A
+    policy that races already takes millions of decisions to find out that it could be slow. Told no speed it is held to
+    RACE_LIMIT, told a side to CRUISE; it gives gas when it stands, and does not brake while it faces the wrong way: it
+    would stand there for good, steering. Told a side another governor steers at a point of it two tiles ahead (pure
+    pursuit, Coulter 1992, CMU-RI-TR-92-01): the net alone swings around the middle of the road, within a third of its
+    width three quarters of the time.
     """
 
     def __init__(self):

@@ -1,14 +1,14 @@
-"""Stage 2: LoRA teaches a GIT base to answer "What should the vehicle do in this scenario?" in words, under instructions too.
+"""Stage 2: LoRA teaches a GIT to answer "What should the vehicle do in this scenario?", also under instructions.
 
 Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_caption_model_carllava/ (PEFT adapter,
 processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png.
 
     python train_git_lora_carllava_style.py      # 15 to 40 minutes on two CPU cores; then python ppo_git_with_prompt.py
 
-Each frame is read once with several texts (captions.py): the plain question in several wordings, the question under some
-of the instructions it was labelled for, and a question about the scene, so that seeing is not forgotten, or about the
-instruction, so that what is wanted is understood before it is done. Exact answers are reported for the plain question, by
-instruction (taught phrasings and others) and for the questions about the scene, before and after.
+Each frame is read once with several texts (captions.py): the plain question in several wordings, the question under
+some of the instructions it was labelled for, and a question about the scene, so that seeing is not forgotten, or about
+the instruction, so that what is wanted is understood before it is done. Exact answers are reported for the plain
+question, by instruction (taught phrasings and others) and for the questions about the scene, before and after.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """Which part does it? Whole PPO runs with one thing changed, scored on the validation tracks.
 
-Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
-At the end it prints `table()`. The frames, the discount per frame and the frames per update are the same in every run.
-In first_model/ are those of 150,000 frames on the first model, whose last weights were scored, not their average.
+Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at
+will. At the end it prints `table()`. The frames, the discount per frame and the frames per update are the same in every
+run. In first_model/ are those of 150,000 frames on the first model, whose last weights were scored, not their average.
 
     python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 90
 """
@@ -57,7 +57,7 @@ def run(changes, seed):
 
 
 def table(folder=OUTPUT):
-    """The runs that are in `folder`, as a Markdown table; a change's difference to "as it is" for each seed that both have."""
+    """The runs in `folder` as a Markdown table, and for each seed the difference to "as it is"."""
     found = {name: {} for name in CHANGES}
     for name in CHANGES:
         for path in folder.glob(f"{name}_seed*.json"):

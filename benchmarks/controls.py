@@ -1,15 +1,19 @@
 """What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
 
-Each run trains all weights of a model on the captions of stage 1, lets it drive, gives it to the default PPO and lets its
-policy drive: `words` is git-tiny, read the texts of stage 2, `random words` its architecture from random weights, `classes` is
-git-tiny's image encoder with a head of five classes in the place of prompt and answers, `random classes` the same from
-random weights, `numbers` is told the speed and the offset that an instruction asks for in numbers. `no prior` trains
-nothing: it is the adapter that ships, with LANGUAGE_PRIOR = 0.
-What differs beside the words: `classes` learns the plain answers alone, as it cannot be told anything, and in PPO nobody
-tells it anything; both kinds of classes read the encoder's first row, the words all of its rows through three more layers.
-Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
-Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds of
-the adapter that ships (benchmarks/seeds.py; only their PPO differs, not what it began from) stand beside them.
+Each run trains all weights of a model on the captions of stage 1, lets it drive, gives it to the default PPO and lets
+its policy drive:
+
+- `words` is git-tiny, which reads the texts of stage 2; `random words` its architecture from random weights;
+- `classes` is git-tiny's image encoder with a head of five classes in the place of prompt and answers; `random classes`
+  the same from random weights;
+- `numbers` is `classes` told the speed and the offset that an instruction asks for;
+- `no prior` trains nothing: it is the adapter that ships, with LANGUAGE_PRIOR = 0.
+
+What differs beside the words: `classes` learns the plain answers alone, and in PPO nobody tells it anything, as it
+cannot be told anything; both kinds of classes read the encoder's first row, the words all of its rows through three
+more layers. Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and
+start at will. Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and
+the same seeds of the adapter that ships (benchmarks/seeds.py; only their PPO differs) stand beside them.
 
     python -m benchmarks.controls      # not timed yet; after python collect_captions.py
 """
@@ -69,7 +73,7 @@ def draw_in_numbers(rng):
 
 
 class Classifier(GitText2ActionWithPrompt):
-    """An image encoder and a head of five classes, whose probabilities are the prior of the policy; told numbers or nothing."""
+    """An image encoder and a head of five classes, the policy's prior; told numbers or nothing."""
 
     def __init__(self, git, processor, numbers=False, **head):
         super().__init__(git, processor, {"base_model": BASE, "adapter": ""}, **head)
@@ -83,7 +87,7 @@ class Classifier(GitText2ActionWithPrompt):
         return git_forward.encode_image(weights, self.pixels(frames))[:, 0].float()
 
     def classify(self, seen, targets):
-        """`features` (B, hidden) and logits of the answers (B, 5) of what was seen (B, hidden), under a `Target` for each."""
+        """`features` (B, hidden) and logits (B, 5) of what was seen (B, hidden), under a `Target` for each."""
         encoded = torch.stack([torch.from_numpy(target.encode()) for target in targets]).to(self.device)
         features = torch.tanh(self.hidden(torch.cat([seen, encoded], 1)))
         return features, self.classes(features)
@@ -144,7 +148,7 @@ def imitate_in_words(git, processor, data):
 
 
 def imitate(arm, data):
-    """Train one of ARMS on captions; returns a function that makes its model, frozen, with fresh heads of the policy."""
+    """Train one of ARMS; returns a function that makes its model, frozen, with fresh heads of the policy."""
     if arm == "no prior":
         return functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL, language_prior=0.0)
     git, processor = load_base(BASE)

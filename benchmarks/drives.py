@@ -46,10 +46,10 @@ def make_probe(angle, when):
 def drive(driver, tracks, decisions, says, angles=None, when=0):
     """One drive on each of the N `tracks`, side by side; returns a dict of arrays (decisions, N).
 
-    `says` maps decisions to what the driver is told from then on, one for all or a list with one for each. Cars are turned
-    by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units per second, `offset` in units,
-    `on_road`, `short_cuts` (how many so far), `driving` (False once the episode has ended) and `left_field` (True from when
-    it ended there on).
+    `says` maps decisions to what the driver is told from then on, one for all or a list with one for each. Cars are
+    turned by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units per second, `offset` in
+    units, `on_road`, `short_cuts` (how many so far), `driving` (False once the episode has ended) and `left_field`
+    (True from when it ended there on).
     """
     angles = [0.0] * len(tracks) if angles is None else angles
 

@@ -1,8 +1,8 @@
 """How near to this machine's limits are the model's pass and a drawn frame, on one core?
 
-The pass is compared with its floating-point operations at the rate at which this core multiplies large matrices; a drawn
-frame with writing the pixels of the simulator's window once and reading them once, which drawing and narrowing cannot do
-without. Writes benchmarks/limits.json.
+The pass is compared with its floating-point operations at the rate at which this core multiplies large matrices; a
+drawn frame with writing the pixels of the simulator's window once and reading them once, which drawing and narrowing
+cannot do without. Writes benchmarks/limits.json.
 
     python -m benchmarks.limits      # a minute, on idle cores
 """

@@ -1,7 +1,7 @@
 """The model's path against what a tutorial writes with transformers: processor per frame, `GitForCausalLM`, `generate`.
 
-Reads offline/git-tiny, the adapter and CarRacing-Data/. Writes its claims to benchmarks/results.json. git-base size means
-`GitConfig()` with random weights. Outputs are checked to be equal before they are timed.
+Reads offline/git-tiny, the adapter and CarRacing-Data/. Writes its claims to benchmarks/results.json. git-base size
+means `GitConfig()` with random weights. Outputs are checked to be equal before they are timed.
 
     python -m benchmarks.model      # 5 minutes
 """

@@ -1,8 +1,8 @@
 """Which driver obeys? Each instruction, in taught and in other words, in mid-drive on tracks held out.
 
-A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py. Every
-track hears a phrasing of its own. In some drives it is told to stop and later to drive on, in others two things that
-contradict each other. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
+A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py.
+Every track hears a phrasing of its own. In some drives it is told to stop and later to drive on, in others two things
+that contradict each other. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
 
     python -m benchmarks.obedience      # 10 minutes a driver on two CPU cores
 """
@@ -130,7 +130,7 @@ def measure_contradiction(driver, names):
 
 
 def draw(measured, path):
-    """Share of obeyed drives by instruction, each driver a colour; and how fast and where the policy drove, beside targets."""
+    """Share of obeyed drives by instruction and driver; how fast and where the policy drove, beside targets."""
     figure, (shares, speeds, offsets) = plt.subplots(
         1, 3, figsize=(12, 6.5), sharey=True, layout="constrained", width_ratios=(3, 1, 1)
     )

@@ -1,8 +1,8 @@
 """How fast is the page of demo.py, what does a visitor cost, and is anything left over when visitors have gone?
 
-Visitors without a page: each sees every picture at once. Pictures per second, CPU share of one core and memory with 1, 2 and 4 of
-them; from "say" to the first picture of a decision under the new sentence; then an hour in which they come and go. Writes
-benchmarks/page.json.
+Visitors without a page: each sees every picture at once. Pictures per second, CPU share of one core and memory with 1,
+2 and 4 of them; from "say" to the first picture of a decision under the new sentence; then an hour in which they come
+and go. Writes benchmarks/page.json.
 
     python -m benchmarks.page      # an hour and two minutes; SOAK = 60 for a look
 """
@@ -41,8 +41,7 @@ def serve(port):
 
 
 def visit(address, until, said=()):
-    """Watch until a time and say the sentences of `said` meanwhile; returns the pictures' arrival times and the seconds that
-    each sentence took to be in force in a picture."""
+    """Watch until a time and say the sentences of `said`; returns arrival times of pictures, delays of sentences."""
     pictures, latencies, told, asked = [], [], None, 0.0
     with connect(f"ws://{address}/drive") as socket:
         socket.recv()

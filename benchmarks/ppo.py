@@ -1,9 +1,9 @@
 """The whole PPO loop against Stable-Baselines3's PPO with `CnnPolicy`: decisions per second and peak memory.
 
-Same world (car_racing_env.make_training_env; theirs is told nothing and no car is thrown about), frame skip, decisions per
-update, epochs and minibatch; theirs has a process for each environment and trains a convolutional network, ours asks a
-vision-language model. Each run is a process of its own; they take turns.
-Writes its claims to benchmarks/results.json.
+Same world (car_racing_env.make_training_env; theirs is told nothing and no car is thrown about), frame skip, decisions
+per update, epochs and minibatch; theirs has a process for each environment and trains a convolutional network, ours
+asks a vision-language model. Each run is a process of its own; they take turns. Writes its claims to
+benchmarks/results.json.
 
     pip install stable-baselines3
     python -m benchmarks.ppo      # 6 minutes

@@ -1,7 +1,7 @@
 """Asked in other words, or told what means nothing: does it still race?
 
-The plain question in ten wordings that were never taught, an empty question, and the plain question after garbled words and
-after sentences about other things. What each costs is paired with the plain question on the same tracks. Writes
+The plain question in ten wordings that were never taught, an empty question, and the plain question after garbled words
+and after sentences about other things. What each costs is paired with the plain question on the same tracks. Writes
 benchmarks/prompts.json, a part for each driver.
 
     python -m benchmarks.prompts      # 10 minutes on two CPU cores
@@ -38,7 +38,7 @@ def cases():
 
 
 def measure(driver):
-    """A row for each of the cases, and a summary of each group: its mean score, and by how much it is below the plain one."""
+    """A row for each case, and for each group its mean score and by how much it is below the plain one."""
     rows, returns = [], {}
     for group, told, question in cases():
         driver.told, driver.model.question = told, question

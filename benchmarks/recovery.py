@@ -1,10 +1,11 @@
 """Turned round in mid-drive: who comes back?
 
-The car of a driver on its lap is turned by any angle, its velocity with it. It has come back when it is 15 tiles further
-along the road's direction within 440 frames; tiles that were never visited before do not count, as the wrong way has them
-too. Some come back to another stretch of the road, the far side of a hairpin, which the picture shows as well: these short
-cuts, that cost the lap, are counted by themselves too. Beside it the same drives of a car that only coasts after the turn: turned by less than 90 degrees it often rolls on
-far enough. Writes benchmarks/recovery.json, a part for each driver.
+The car of a driver on its lap is turned by any angle, its velocity with it. It has come back when it is 15 tiles
+further along the road's direction within 440 frames; tiles that were never visited before do not count, as the wrong
+way has them too. Some come back to another stretch of the road, the far side of a hairpin, which the picture shows as
+well: these short cuts, that cost the lap, are counted by themselves too. Beside it the same drives of a car that only
+coasts after the turn: turned by less than 90 degrees it often rolls on far enough. Writes benchmarks/recovery.json, a
+part for each driver.
 
     python -m benchmarks.recovery      # 8 minutes for the teacher on two slow CPU cores
 """
@@ -43,7 +44,7 @@ class Coasting:
 
 
 def came_back(results):
-    """Whether each car was TILES further at some decision within FRAMES of the turn, and after a short cut: bool (N,) each."""
+    """Whether each car came TILES further within FRAMES of the turn, and by a short cut: bool (N,) each."""
     further = (drives.travelled(results["along"][WHEN:]) * results["driving"][WHEN:]) >= TILES
     took_short_cut = results["short_cuts"][WHEN + further.argmax(0), np.arange(further.shape[1])] > 0
     return further.any(0), further.any(0) & took_short_cut

@@ -18,11 +18,11 @@ FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the
 
 
 def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations=0, envs=None, **arguments):
-    """Train what `load()` returns; gives a dict of its schedule, `curve` and scores on `tracks` at the end, and the driver.
+    """Train what `load()` returns; gives a dict (schedule, `curve`, scores on `tracks` at the end) and the driver.
 
-    The curve has the environment frames and the score on `ppo.EVAL_TRACKS` before the run and after each of `evaluations`
-    parts of it, the last one left out. At another frame skip the discount per frame and the frames per update stay.
-    `envs` are arguments of `ppo.make_envs`, `arguments` those of `ppo.train`.
+    The curve has the environment frames and the score on `ppo.EVAL_TRACKS` before the run and after each of
+    `evaluations` parts of it, the last one left out. At another frame skip the discount per frame and the frames per
+    update stay. `envs` are arguments of `ppo.make_envs`, `arguments` those of `ppo.train`.
     """
     began, num_steps = time.time(), ppo.NUM_STEPS * FRAME_SKIP // frame_skip
     frames_per_update = ppo.NUM_ENVS * num_steps * frame_skip
@@ -49,7 +49,7 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
 
 
 def once(path, run):
-    """Write what `run()` returns to a json file, unless it is there; of bad input it says so, and the next run has its turn."""
+    """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out."""
     if not path.exists():
         print(path.stem, flush=True)
         try:

@@ -40,7 +40,7 @@ class Driver:
 
 
 class Curve(BaseCallback):
-    """The running average of the weights, and its score before the run and after each part of it, the last one left out."""
+    """The running average of the weights, and its score before the run and between its parts."""
 
     def __init__(self, agent):
         super().__init__()
@@ -70,9 +70,9 @@ def make_agent(num_envs, n_steps, seed=0):
     envs = VecNormalize(SubprocVecEnv(makers), norm_obs=False, clip_reward=np.inf, gamma=ppo.GAMMA)
     torch.set_num_threads(2)
     return PPO(
-        "CnnPolicy", VecTransposeImage(envs), learning_rate=lambda left: LEARNING_RATE * (0.1 + 0.9 * left), n_steps=n_steps,
-        batch_size=ppo.MINIBATCH_SIZE, n_epochs=ppo.K_EPOCHS, gamma=ppo.GAMMA, gae_lambda=ppo.GAE_LAMBDA, seed=seed,
-        device="cpu",
+        "CnnPolicy", VecTransposeImage(envs), learning_rate=lambda left: LEARNING_RATE * (0.1 + 0.9 * left),
+        n_steps=n_steps, batch_size=ppo.MINIBATCH_SIZE, n_epochs=ppo.K_EPOCHS, gamma=ppo.GAMMA,
+        gae_lambda=ppo.GAE_LAMBDA, seed=seed, device="cpu",
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Ten runs of the default PPO, seeds 0 to 9, each final policy on the same hundred tracks that nothing was chosen on.
 
-Writes benchmarks/seeds/seed<n>.json as each run ends, and skips those that are there: stop and start at will. Prints the
-mean with its interval, each seed, the worst drives, and the environment frames that all of it stands on.
+Writes benchmarks/seeds/seed<n>.json as each run ends, and skips those that are there: stop and start at will. Prints
+the mean with its interval, each seed, the worst drives, and the environment frames that all of it stands on.
 
     python -m benchmarks.seeds      # 10 minutes a seed on two CPU cores
 """
@@ -32,8 +32,8 @@ CAPTIONS = [*((kept, 0.25) for kept in QUARTER), *((kept, 0.5) for kept in HALF)
 def interval(returns, share=0.95, resamples=RESAMPLES, seed=0):
     """Bounds of the mean of returns (seeds, tracks): seeds and tracks are resampled with replacement, each by itself.
 
-    This is the pigeonhole bootstrap (Owen 2007, doi 10.1214/07-AOAS122). Resampling the pairs alone would take the seeds'
-    share of the spread for noise of the tracks: too narrow.
+    This is the pigeonhole bootstrap (Owen 2007, doi 10.1214/07-AOAS122). Resampling the pairs alone would take the
+    seeds' share of the spread for noise of the tracks: too narrow.
     """
     rng, (seeds, tracks) = np.random.default_rng(seed), returns.shape
     means = [

@@ -1,6 +1,7 @@
 """The same tracks in other pictures: how far the answers and the PPO policy carry.
 
-The pictures are changed after the simulator has drawn them, so the tracks stay the plain ones. Writes benchmarks/shifts.json.
+The pictures are changed after the simulator has drawn them, so the tracks stay the plain ones. Writes
+benchmarks/shifts.json.
 
     python -m benchmarks.shifts      # 12 minutes on two CPU cores
 """

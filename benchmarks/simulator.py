@@ -66,7 +66,7 @@ def plain_skip_env():
 
 
 def timed_drive(env, skip, drives):
-    """Rounds of FRAMES frames from frame START on, of one track after another; yields the ms a frame of the steps alone."""
+    """Rounds of FRAMES frames from frame START on, a track each; yields the ms a frame of the steps alone."""
     for track in itertools.cycle(range(len(drives))):
         env.reset(seed=track)
         actions = drives[track][::skip]

@@ -43,7 +43,7 @@ class FastCarRacing(stock.CarRacing):
         return self.state
 
     def close(self):
-        """Also destroy the bodies: Box2D holds on to the Python objects in them, so that they would outlive the world."""
+        """Also destroy the bodies: Box2D holds on to Python objects in them, which would outlive the world."""
         self._destroy()
         super().close()
 
@@ -121,7 +121,7 @@ class FastCarRacing(stock.CarRacing):
 
     @functools.cached_property
     def _car_polygons(self):
-        """Of the car: corners in their bodies, float32 (N, 2), the bodies' numbers (N,), and polygons `(first, last, color)`.
+        """The car: corners float32 (N, 2), their bodies' numbers (N,), and polygons `(first, last, color)`.
 
         Each wheel is followed by its white stripe, which gets its height when it is drawn.
         """

@@ -1,10 +1,10 @@
-"""GIT's forward pass over plain tensors: Hugging Face's mathematics in fewer operations, and several texts on one image.
+"""GIT's forward pass over plain tensors: Hugging Face's mathematics in fewer operations.
 
-`collect` takes the weights out of a `GitForCausalLM`: query, key and value as one matrix, the pixels' normalisation inside
-the patch embedding, a LoRA added to its layer. `prepare` does it once for a model that is not trained and, on CPUs with
-AVX-512, brings the matrices into oneDNN's own order. All other functions are pure functions of these weights and their
-inputs, and gradients flow through them. States, scores and gradients equal Hugging Face's
-(tests/test_GitText2ActionWithPrompt.py).
+Several texts on one image share its rows. `collect` takes the weights out of a `GitForCausalLM`: query, key and value
+as one matrix, the pixels' normalisation inside the patch embedding, a LoRA added to its layer. `prepare` does it once
+for a model that is not trained and, on CPUs with AVX-512, brings the matrices into oneDNN's own order. All other
+functions are pure functions of these weights and their inputs, and gradients flow through them. States, scores and
+gradients equal Hugging Face's (tests/test_GitText2ActionWithPrompt.py).
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import GELUActivation, QuickGELUActivation
 
-# On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on AMD.
-# torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
+# On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on
+# AMD. torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
 
@@ -55,7 +55,7 @@ class Weights(NamedTuple):
 
 
 def collect(git, image_processor):
-    """The `Weights` of a `GitForCausalLM` with linear layers W, or W + scaling B A where PEFT put a LoRA named "default"."""
+    """The `Weights` of a `GitForCausalLM`; a LoRA that PEFT named "default" is added, W + scaling B A."""
 
     def linear_of(module):
         weight = module.weight
@@ -180,9 +180,9 @@ def decode(w, x, mask=None, cache=None, rows=None):
     """Decoder states of the rows x (B, T, D), and the cache that rows after them attend to.
 
     `cache` holds (key, value), each (B, heads, rows before, head size), of every layer, as an earlier call returned it.
-    `mask` bool (T, rows before + T), or any shape that broadcasts to (B, heads, T, rows before + T), says which row sees
-    which; None: all see all. If `rows` int64 (B, R) is given, only these leave the last layer, (B, R, D): with no cache and
-    a mask (T, T).
+    `mask` bool (T, rows before + T), or any shape that broadcasts to (B, heads, T, rows before + T), says which row
+    sees which; None: all see all. If `rows` int64 (B, R) is given, only these leave the last layer, (B, R, D): with no
+    cache and a mask (T, T).
     """
     new_cache = []
     for i, layer in enumerate(w.decoder):
@@ -208,7 +208,7 @@ def prefix_mask(image_rows, text_rows, device):
 
 
 def read(w, pixels, tokens, lengths, last=1):
-    """One pass over image and text: the `last` states of each text, float32 (B, last, D), and the cache for what follows.
+    """One pass over image and text: each text's `last` states, float32 (B, last, D), and the cache.
 
     `pixels` float32 (B, 3, S, S) from 0 to 255; `tokens` int64 (B, T) are a text for each image, `lengths` int64 (B,)
     how many of them count: behind them is padding, which no row before it sees.
@@ -231,14 +231,14 @@ def read_texts(w, pixels, tokens):
 
 
 def pad_texts(texts, padding_value):
-    """Token ids and labels int64 (N, T) of N texts, pairs (prompt, ending) of lists of ids; labels are -100 but on the ending."""
+    """Token ids and labels int64 (N, T) of texts, pairs (prompt, ending) of ids; prompts have labels -100."""
     tokens = [torch.tensor(prompt + ending) for prompt, ending in texts]
     labels = [torch.tensor([-100] * len(prompt) + ending) for prompt, ending in texts]
     return pad_sequence(tokens, True, padding_value), pad_sequence(labels, True, -100)
 
 
 def text_loss(logits, labels):
-    """Cross-entropy of the texts' tokens, the mean over each text, then over the texts; labels (B, Q, T) are -100 elsewhere.
+    """Cross-entropy, the mean over each text's tokens, then over texts; labels (B, Q, T) are -100 elsewhere.
 
     A short answer counts as much as a long sentence.
     """
@@ -254,7 +254,7 @@ def exactly_right(logits, labels):
 
 
 def train_by_this_pass(git, image_processor):
-    """Make `git(pixel_values, input_ids, labels)` return the `text_loss` of `read_texts`; saving and PEFT do not notice.
+    """Make `git(pixel_values, input_ids, labels)` return `text_loss` by `read_texts`, unnoticed by PEFT.
 
     `pixel_values` are from 0 to 255, as `read` wants them.
     """

@@ -3,9 +3,9 @@
 Reads and writes nothing, except numba's cache in __pycache__: the first call on a machine compiles for some seconds.
 
 CarRacing draws each polygon by `gfxdraw.aapolygon` and then `gfxdraw.filled_polygon` (SDL_gfx): edges after X. Wu ("An
-efficient antialiasing technique", SIGGRAPH 1991) in fixed point with fractions of 16 bits, clipped to the window by Cohen
-and Sutherland's method in single precision, then a scan-line fill. Here the same integers come out, without a function
-call, a format lookup and three masks per pixel. Colours are 0xRRGGBB.
+efficient antialiasing technique", SIGGRAPH 1991) in fixed point with fractions of 16 bits, clipped to the window by
+Cohen and Sutherland's method in single precision, then a scan-line fill. Here the same integers come out, without a
+function call, a format lookup and three masks per pixel. Colours are 0xRRGGBB.
 """
 
 import numpy as np

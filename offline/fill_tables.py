@@ -1,6 +1,7 @@
-"""Write the numbers of results/published/ and benchmarks/ into the tables of README.md and docs/; the tests ask that it changes none.
+"""Write the numbers of results/published/ and benchmarks/ into the tables of README.md and docs/.
 
-Reads their files and the tables' first cells, which say what a row is about: a new row is a name typed there. Prose is not touched.
+The tests ask that it changes none. Reads their files and the tables' first cells, which say what a row is about: a new
+row is a name typed there. Prose is not touched.
 
     python -m offline.fill_tables      # a second
 """
@@ -168,7 +169,7 @@ def replace(heading, table, text):
 
 
 def fill_runs(text):
-    """The tables that their benchmarks write, each below the heading that names its runs; what ten seeds say together."""
+    """The tables that their benchmarks write, each below its heading, and what ten seeds say together."""
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     if rows := seeds.load():
@@ -188,8 +189,8 @@ def fill_runs(text):
 def filled(text):
     """A page's text with its tables filled anew."""
     for fill_some in (
-        fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page, fill_runs,
-        fill_scores_of_readme,
+        fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page,
+        fill_runs, fill_scores_of_readme,
     ):  # fmt: skip
         text = fill_some(text)
     return text
@@ -214,9 +215,7 @@ def main():
         after = filled(before)
         if after != before:
             run_files.write_file(page, after.encode())
-            print(
-                f"{page.relative_to(ROOT)}: {sum(a != b for a, b in zip(before.splitlines(), after.splitlines()))} lines"
-            )
+            print(page.relative_to(ROOT))
 
 
 if __name__ == "__main__":

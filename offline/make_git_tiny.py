@@ -1,12 +1,15 @@
 """Make `offline/git-tiny/`: a small GIT that can see CarRacing and speak about it, but knows nothing of driving.
 
-Reads offline/teacher.safetensors, which drives, under changing targets and thrown about, through the frames it learns from.
-Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.json. Each frame comes with several questions
-about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Beside them it learns
-to say in the simplest words what somebody wants, by the taught phrasings of instructions.py, and whether that is how the car
-drives: a model that has read a book knows that left is not right. What to do about it, it does not know.
+Reads offline/teacher.safetensors, which drives, under changing targets and thrown about, through the frames it learns
+from. Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.json. Each frame comes with several
+questions about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Beside
+them it learns to say in the simplest words what somebody wants, by the taught phrasings of instructions.py, and whether
+that is how the car drives: a model that has read a book knows that left is not right. What to do about it, it does not
+know.
 
-    python -m offline.make_git_tiny      # 30 to 60 minutes on two CPU cores, 3 on a GPU and 16 cores; the shipped one: git checkout offline/git-tiny
+    python -m offline.make_git_tiny      # 30 to 60 minutes on two CPU cores, 3 on a GPU and 16 cores
+
+The shipped one comes back with: git checkout offline/git-tiny
 """
 
 import functools
@@ -49,7 +52,7 @@ KEEP = 0.2  # share of decisions that become frames: neighbours look alike
 BURST_START = 0.06  # stronger bursts than in the captions: the eyes should know every situation
 BURST_LONGEST = 8  # decisions
 THROWN = 0.012  # chance per decision that the car is thrown about
-SPED_UP = 0.3  # share of the throws that only make it fast; with few that turn it, it does not see that it drives the wrong way
+SPED_UP = 0.3  # share of the throws that only make it fast; if few turn it, it does not see that it drives backwards
 TOLD_SHARE = 0.5  # of the time it drives under a target
 CHANGE = 0.01  # chance per decision that the target changes
 STUCK_LIMIT = 60  # decisions with all wheels on grass that end an episode
@@ -65,7 +68,8 @@ HEADS = 4
 EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
-# in each step of the last epoch; from the start and with all the weight they kept it from learning to read the speed (LOG.md)
+# in each step of the last epoch; from the start and with all the weight they kept it from learning to read the speed
+# (LOG.md)
 WISHES = 128  # instructions after which it is asked what is wanted
 FITS = 256  # instructions after which it is asked whether the car drives so
 WISH_WEIGHT = 0.5  # of the loss of either beside that of the scene
@@ -105,7 +109,7 @@ def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, spe
 
 
 def collect(tracks, num_frames):
-    """The first `num_frames` frames of `tracks`, uint8 (N, 96, 96, 3), a dict of answers for each, its speed and offset."""
+    """The first frames of `tracks`, uint8 (N, 96, 96, 3), a dict of answers for each, its speed and offset."""
     frames, answers, motion = [], [], []
     job = functools.partial(
         drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT, thrown=THROWN,
@@ -175,7 +179,7 @@ def make_model(
 
 
 class Texts:
-    """The rows `[CLS] question answer [SEP]` of frames and their questions; a frame's answers are numbers of a table."""
+    """The rows `[CLS] question answer [SEP]` of frames and questions; answers are numbers of a table."""
 
     def __init__(self, tokenizer, answers):
         self.pad, self.keys = tokenizer.pad_token_id, list(answers[0])
@@ -193,7 +197,7 @@ class Texts:
         return (torch.rand(asked.shape) * self.counts[asked]).long()
 
     def __call__(self, frames, asked, wordings):
-        """Token ids and labels int64 (B, Q, T) of `asked` (B, Q), indices of questions, in `wordings` (B, Q), for `frames` (B,).
+        """Token ids and labels int64 (B, Q, T): of `frames` (B,) the questions `asked` (B, Q) in `wordings` (B, Q).
 
         Labels are -100 on all but the answer.
         """
@@ -206,7 +210,7 @@ class Texts:
 
 
 def told_texts(tokenizer, question, told, answers):
-    """Token ids and labels int64 (N, T) of a question after each of N instructions, as `instructions.draw` returns them."""
+    """Token ids and labels int64 (N, T) of a question after each of N instructions (`instructions.draw`)."""
     rows = []
     for x, text in zip(told, answers, strict=True):
         ending = tokenizer(text, add_special_tokens=False).input_ids
@@ -221,19 +225,19 @@ def wishes(tokenizer, told):
 
 
 def fits(tokenizer, told, motion):
-    """Token ids and labels int64 (N, T): whether speed and offset, `motion` (N, 2), are as each of N instructions wants them."""
+    """Token ids and labels int64 (N, T): whether speed and offset, `motion` (N, 2), are as instructed."""
     answers = [instructions.fit(x.target, *moves) for x, moves in zip(told, motion, strict=True)]
     return told_texts(tokenizer, instructions.FIT_QUESTION, told, answers)
 
 
 def answer(model, frames, tokens):
-    """Logits (B, Q, T, vocabulary) of texts (B, Q, T) on frames uint8 (B, 96, 96, 3), with gradients for all weights."""
+    """Logits (B, Q, T, vocabulary) of texts (B, Q, T) on frames uint8 (B, 96, 96, 3), with gradients."""
     weights = git_forward.collect(model.git, model.processor.image_processor)
     return git_forward.read_texts(weights, model.pixels(frames), tokens.to(model.device))
 
 
 def batches(num_frames, first_step):
-    """Steps from `first_step` on, each with the frames of its batch, int64 (BATCH_SIZE,); every epoch has an order of its own."""
+    """Steps from `first_step` on, each with its frames, int64 (BATCH_SIZE,); every epoch is shuffled anew."""
     per_epoch = num_frames // BATCH_SIZE
     for step in range(first_step, EPOCHS * per_epoch):
         epoch, place = divmod(step, per_epoch)
@@ -244,8 +248,8 @@ def batches(num_frames, first_step):
 def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     """One step on the frames `rows`; returns the loss.
 
-    With QUESTIONS_PER_FRAME of the questions of each in any wording; of the instructions `told`, as many before each frame, the
-    first FITS are asked whether it is so, the others what is wanted.
+    With QUESTIONS_PER_FRAME of the questions of each in any wording; of the instructions `told`, as many before each
+    frame, the first FITS are asked whether it is so, the others what is wanted.
     """
     asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
     tokens, labels = texts(rows, asked, texts.draw_wordings(asked))
@@ -267,7 +271,7 @@ def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
 
 @torch.no_grad()
 def evaluate(model, frames, texts, motion):
-    """Share of wholly right answers per question, to WISH_QUESTION and FIT_QUESTION, and the mean loss, on held-out tracks."""
+    """Shares of wholly right answers, by question and to WISH_QUESTION and FIT_QUESTION; and the mean loss."""
     right, losses = [], []
     for rows in torch.arange(len(frames)).split(BATCH_SIZE):
         asked = torch.arange(len(texts.keys)).expand(len(rows), -1)
@@ -295,10 +299,11 @@ def save(model, output, run, loss, validation_loss, accuracy):
     facts = {
         "parameters": sum(p.numel() for p in model.git.parameters()),
         "words": len(model.processor.tokenizer),
-        "shape": f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE}, width {WIDTH}, {VISION_LAYERS} vision and "
-        f"{TEXT_LAYERS} text layers, a WordPiece vocabulary of its own",
+        "shape": f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE}, width {WIDTH}, {VISION_LAYERS} vision "
+        f"and {TEXT_LAYERS} text layers, a WordPiece vocabulary of its own",
         "made": f"seed {SEED}, {TRAIN_FRAMES:,} frames of tracks from {TRAIN_TRACKS[0]:,}, {EPOCHS} epochs, "
-        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wishes and {FITS} comparisons with them per step of the last epoch",
+        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wishes and {FITS} comparisons with them per step of the "
+        "last epoch",
         "loss": loss,
         "validation_loss": validation_loss,
     }
@@ -317,8 +322,8 @@ def main():
         globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
     )
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 30 to 60 minutes on two CPU cores with the default constants; replaces "
-        f"{OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 30 to 60 minutes on two CPU cores with the default constants; "
+        f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)
     validation_frames, validation_answers, validation_motion = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)

@@ -1,7 +1,7 @@
 """The pictures that README.md and docs/ show, drawn from results/published/; run by hand after offline/publish.py.
 
-Reads results/published/ and the shipped adapter. Writes there answers_and_ppo.gif (the two drivers on one track, side by
-side), instructions.png (one frame under several instructions), the graphs of the published run and of its LoRA.
+Reads results/published/ and the shipped adapter. Writes there answers_and_ppo.gif (the two drivers on one track, side
+by side), instructions.png (one frame under several instructions), the graphs of the published run and of its LoRA.
 
     python -m offline.make_readme_pictures      # 1 to 2 minutes on two CPU cores
 """
@@ -60,7 +60,7 @@ def side_by_side(left, right, path):
 
 
 def draw_instructions(model, path):
-    """One frame of a plain drive, and under it what the policy says and how probable each answer is, told five things."""
+    """One frame of a plain drive; under it what the policy says, and how probable each answer is, told five things."""
     env, driver = car_racing_env.make_env(), evaluate.Policy(model)
     frame, info = env.reset(seed=TOLD_TRACK)
     for _ in range(TOLD_AT):

@@ -1,14 +1,15 @@
 """Train the teacher that collect_captions.py lets drive: PPO on privileged simulator state, nothing drawn.
 
 Reads nothing. Writes offline/teacher.safetensors (the running average of the actor's weights, not the best of many
-evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run goes on.
+evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run
+goes on.
 
     python -m offline.train_teacher      # 25 to 60 minutes on two CPU cores
 
-The actor sees the car, 12 tiles of road and a target: a speed, a side of the road, standing still, or none, when it races.
-Targets change while it drives, and now and then the car is thrown about, so that it learns to come back from anywhere.
-The critic alone also sees time, visited share and missed tiles. Each worker process rolls out its environments with its own
-copy of the policy, so that no step crosses a process border.
+The actor sees the car, 12 tiles of road and a target: a speed, a side of the road, standing still, or none, when it
+races. Targets change while it drives, and now and then the car is thrown about, so that it learns to come back from
+anywhere. The critic alone also sees time, visited share and missed tiles. Each worker process rolls out its
+environments with its own copy of the policy, so that no step crosses a process border.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ KNOWN = 4  # numbers that only the critic sees
 
 
 class Critic(nn.Module):
-    """Value of what the actor sees plus what only the critic may know: time, visited share, missed tiles, time on grass."""
+    """Value of what the actor sees and what only the critic may know: time, visited share, missed tiles, grass."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +127,7 @@ def worker_envs(settings):
 
 
 def critic_state(env, info):
-    """What the critic sees, float32 (SEEN + KNOWN,): state, target, time, visited share, missed tiles, time on grass."""
+    """What the critic sees, float32 (SEEN + KNOWN,): state, target and what only the critic may know."""
     base, missed, told = (env.unwrapped, *map(env.get_wrapper_attr, ("missed_tiles", "told")))
     known = [base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5]
     known.append(env.get_wrapper_attr("grass_frames") / REWARDS.grass_limit)
@@ -137,8 +138,8 @@ def critic_state(env, info):
 def rollout(settings, num_steps, weights, difficulty, noise):
     """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
 
-    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them, `noise` the random bursts. Returns a
-    dict of arrays (T, N, ...) and the finished episodes.
+    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them, `noise` the random bursts. Returns
+    a dict of arrays (T, N, ...) and the finished episodes.
     """
     envs, states = worker_envs(settings)
     num_envs = len(envs)
@@ -209,7 +210,10 @@ def drive(weights, track):
 
 
 def make_workers(stack, first_update):
-    """Pairs of a process and what it rolls out. Each has a pool of its own: a shared one could swap their environments."""
+    """Pairs of a process and what it rolls out.
+
+    Each has a pool of its own: a shared one could swap their environments.
+    """
     context, workers = multiprocessing.get_context("spawn"), []
     for rank in range(NUM_WORKERS):
         pool = stack.enter_context(ProcessPoolExecutor(1, context, processes.start_worker))
@@ -311,7 +315,8 @@ def main():
         first, began = state["update"] + 1, began - state["seconds"]
     print(
         f"{TOTAL_UPDATES} updates, 25 to 60 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
-        "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout offline/teacher.safetensors)"
+        "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout "
+        "offline/teacher.safetensors)"
     )
     log = run_files.Log(output / "teacher_log.csv", keep_until=first - 1 if RESUME else None)
     with contextlib.ExitStack() as stack:

@@ -1,10 +1,13 @@
-"""Cards in the Hub's format for what the scripts write: dataset, adapter, policy, base. Strings only; nothing is read or written."""
+"""Cards in the Hub's format for what the scripts write: dataset, adapter, policy, base.
+
+Strings only; nothing is read or written.
+"""
 
 from huggingface_hub import EvalResult, ModelCardData
 
 
 def model_card(name, text, metrics, **data):
-    """`text` below the metadata that the Hub shows: `data`, and the model's `metrics` (name to number) on the validation tracks."""
+    """`text` below the metadata that the Hub shows: `data`, and `metrics` by name, of the validation tracks."""
     results = [
         EvalResult(
             task_type=data["pipeline_tag"],
@@ -21,7 +24,7 @@ def model_card(name, text, metrics, **data):
 
 
 def table(metrics):
-    """Metrics as Markdown rows; a number that does not exist (an action that does not occur has no recall) is left out."""
+    """Metrics as Markdown rows, without those that are nan (an action that does not occur has no recall)."""
     rows = (
         f"| {name} | {x:.4f} |" if isinstance(x, float) else f"| {name} | {x} |"
         for name, x in metrics.items()
@@ -183,7 +186,7 @@ Made by `python -m offline.make_git_tiny` ({made}). Cross-entropy, the mean over
 
 
 def base_card(facts, accuracy):
-    """The card of git-tiny; `accuracy` is the share of right answers by question, those after an instruction with a comma."""
+    """The card of git-tiny; `accuracy` by question, those after an instruction have a comma in their name."""
     scene = [share for question, share in accuracy.items() if "," not in question]
     rows = "\n".join(f"| {question} | {share:.1%} |" for question, share in accuracy.items())
     return model_card(

@@ -51,7 +51,8 @@ def load_base(base_model):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(
             f"{base_model!r} is no adapter, no folder with a GIT model and no GIT model of the Hub "
-            f"({str(error).splitlines()[0]}): use 'offline/git-tiny' or another GIT, or run train_git_lora_carllava_style.py"
+            f"({str(error).splitlines()[0]}): use 'offline/git-tiny' or another GIT, or run "
+            "train_git_lora_carllava_style.py"
         ) from None
     git.git.image_encoder.config._attn_implementation = "sdpa"  # the text decoder knows eager attention only
     return git, processor
@@ -68,13 +69,14 @@ def attach_adapter(git, adapter, trainable=False):
     except Exception as error:  # of many kinds, after what is damaged
         reason = (str(error) or repr(error)).splitlines()[0]
         raise BadInput(
-            f"{adapter}/adapter_config.json is damaged or does not fit ({reason}): rerun train_git_lora_carllava_style.py"
+            f"{adapter}/adapter_config.json is damaged or does not fit ({reason}): rerun "
+            "train_git_lora_carllava_style.py"
         ) from None
     return git
 
 
 def load_git(name, task):
-    """A base, or the base that an adapter folder names with the adapter merged, its processor, and where they come from.
+    """A base, or an adapter merged into its base; the processor, and where they come from.
 
     BadInput if the adapter was not trained for `task`, or not on that base.
     """
@@ -96,7 +98,7 @@ def load_git(name, task):
 
 
 def last_complete_checkpoint(folder):
-    """The newest of the Trainer's checkpoints whose trainer_state.json, which is written last, parses; None without one."""
+    """The newest of the Trainer's checkpoints whose last file, trainer_state.json, parses; None without one."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
         try:

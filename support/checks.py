@@ -41,7 +41,8 @@ def run(main):
         raise SystemExit(1) from None
     except BrokenProcessPool:
         raise SystemExit(
-            "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it recurs"
+            "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it "
+            "recurs"
         ) from None
     except (
         OSError,

@@ -137,7 +137,8 @@ def draw_lora_loss(results):
 def draw_confusion(confusion, answers, path):
     """Rows: what the teacher answers; columns: what the model says. Answers that never occur are left out.
 
-    `confusion` are counts, int (answers, answers + 1); the last column is any other text. Also written beside it as csv.
+    `confusion` are counts, int (answers, answers + 1); the last column is any other text. Also written beside it as
+    csv.
     """
     np.savetxt(path.with_suffix(".csv"), confusion, fmt="%d", delimiter=",")
     names = [*answers, "other words"]

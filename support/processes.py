@@ -42,8 +42,8 @@ def start_worker():
 def workers(num_workers):
     """Spawned processes, as a function `run_jobs(function, jobs)` that yields `function(job)` of each job in order.
 
-    They work 2 * `num_workers` jobs ahead. Leaving the context waits for these: a process that is ended while it hands over
-    a result would leave half of it in the pipe, and its reader waiting for the rest for ever. One that dies raises
+    They work 2 * `num_workers` jobs ahead. Leaving the context waits for these: a process that is ended while it hands
+    over a result would leave half of it in the pipe, and its reader waiting for the rest for ever. One that dies raises
     BrokenProcessPool.
     """
 
@@ -78,7 +78,7 @@ def one_line_if_lost():
 
 
 def simulate(pipe, env_fns, autoreset):
-    """In a worker process: make environments, and do with them what comes through `pipe`, the calls of a vector environment."""
+    """In a worker process: make environments, and do with them what is called through `pipe`."""
     start_worker()
     envs = gym.vector.SyncVectorEnv(env_fns, copy=False, autoreset_mode=gym.vector.AutoresetMode[autoreset])
     while True:
@@ -89,8 +89,8 @@ def simulate(pipe, env_fns, autoreset):
 class Simulators:
     """Some environments in one process, as Gymnasium's `SyncVectorEnv`; its loss is one line, and closing leaves none.
 
-    On few cores a process for each environment costs more than what it simulates. To use several cores have several of these,
-    each stepped by a thread. `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED".
+    On few cores a process for each environment costs more than what it simulates. To use several cores have several of
+    these, each stepped by a thread. `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED".
     """
 
     def __init__(self, env_fns, autoreset):
@@ -126,7 +126,7 @@ class Simulators:
 
 @contextlib.contextmanager
 def simulators(env_fns, autoreset, num_workers):
-    """Environments dealt out to at most `num_workers` processes, as a list of `Simulators`, which are closed at the end."""
+    """Environments dealt out to at most `num_workers` processes, as a list of `Simulators`, closed at the end."""
     with contextlib.ExitStack() as stack:
         shares = [env_fns[i::num_workers] for i in range(min(num_workers, len(env_fns)))]
         yield [stack.enter_context(contextlib.closing(Simulators(share, autoreset))) for share in shares]
@@ -136,7 +136,7 @@ def simulators(env_fns, autoreset, num_workers):
 
 
 def join_torchrun():
-    """This process's rank and the number of processes, (0, 1) without torchrun; a killed torchrun leaves none of them."""
+    """This process's rank and their number, (0, 1) without torchrun; a killed torchrun leaves none of them."""
     if "RANK" in os.environ:
         end_with_parent(os.getppid())
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

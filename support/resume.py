@@ -7,10 +7,10 @@ import gymnasium as gym
 
 
 class Resumable(gym.Wrapper):
-    """Exact resume of an episode. Box2D's state cannot be saved: `snapshot` keeps what led there, and it is driven again.
+    """Exact resume of an episode, which is driven again: Box2D's state cannot be saved.
 
-    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The first
-    `reset` after `resume_from` was set to a snapshot drives its actions again, undrawn, to the very same moment.
+    Goes around `TrainingRewards`, whose generator it restores; what else is drawn comes from the track's seed. The
+    first `reset` after `resume_from` was set to a snapshot drives its actions again, undrawn, to the very same moment.
     """
 
     resume_from = None

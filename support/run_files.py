@@ -57,9 +57,10 @@ def check_writable(folder):
 
 
 def check_own(folder, script, *others):
-    """Raise BadInput if `folder` holds anything that `script` did not make, or one of `others`; run.json names who made it.
+    """Raise BadInput if `folder` holds anything that `script` did not make, or one of `others`.
 
-    Only such folders may be replaced or cleared. Returns the folder, a link's target.
+    The folder's run.json names who made it. Only such folders may be replaced or cleared. Returns the folder, a link's
+    target.
     """
     folder = folder.resolve()
     if any(other.resolve().is_relative_to(folder) for other in others):
@@ -104,7 +105,8 @@ def lock(folder):
 class Log:
     """A CSV file that grows by one flushed row at a time.
 
-    `keep_until` continues an earlier run's file: its rows whose `key`, the count of updates or epochs, is larger are dropped.
+    `keep_until` continues an earlier run's file: its rows whose `key`, the count of updates or epochs, is larger are
+    dropped.
     """
 
     def __init__(self, path, *, key="update", keep_until=None):
@@ -142,7 +144,8 @@ class RunLogs:
     """What a PPO run writes while it trains: three CSV logs, run.json and, if TensorBoard is installed, its scalars.
 
     `state`, of a run that continues, says after which update; without one the files of an earlier run in `folder` go. A
-    context manager: it holds the folder, so that no other run writes there, and brings run.json up to date when it ends.
+    context manager: it holds the folder, so that no other run writes there, and brings run.json up to date when it
+    ends.
     """
 
     def __init__(self, folder, run, state=None):
@@ -194,7 +197,7 @@ class RunLogs:
 
 
 def tensorboard(folder, last_frame):
-    """TensorBoard's writer, or None where it is not installed; what an earlier start wrote after `last_frame` is hidden."""
+    """TensorBoard's writer, None where it is not installed; what was written after `last_frame` is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -263,8 +266,8 @@ def constants_of(*namespaces):
 def describe_run(*namespaces, **facts):
     """What `run.json` says of a run: script, constants of the modules that it uses, `facts`, commit, versions, machine.
 
-    `namespaces` are the `globals()` of the script and `vars()` of the modules; `facts` are its inputs, such as the hash of
-    the adapter that it starts from.
+    `namespaces` are the `globals()` of the script and `vars()` of the modules; `facts` are its inputs, such as the hash
+    of the adapter that it starts from.
     """
     script = Path(namespaces[0]["__file__"]).name
     run = {"script": script, "constants": constants_of(*namespaces), "inputs": facts, **run_facts()}
@@ -285,8 +288,8 @@ def continue_run(folder, run, may_change):
     changed = {name: before.get(name) for name in before | now if before.get(name) != now.get(name)}
     for name in changed.keys() - may_change:
         raise BadInput(
-            f"{folder}/ is of a run with {name} = {before.get(name)!r}, now {now.get(name)!r}: put it back, or set RESUME to "
-            "False to start anew"
+            f"{folder}/ is of a run with {name} = {before.get(name)!r}, now {now.get(name)!r}: put it back, or set "
+            "RESUME to False to start anew"
         )
     earlier = {"git_commit": saved["git_commit"], "seconds": saved["seconds"], "changed_afterwards": changed}
     return run | {"seconds": saved["seconds"], "history": [*saved.get("history", []), earlier]}

@@ -10,7 +10,7 @@ from instructions import RACE, Target
 
 
 def test_the_interval_counts_seeds_and_tracks_as_draws():
-    """Where both add up, the variance of the mean is the sum of that of the seeds' means and that of the tracks' means."""
+    """Where seeds and tracks add up, the variance of the mean is the sum of those of their means."""
     rng = np.random.default_rng(0)
     run, track = rng.normal(0, 10, 12), rng.normal(900, 30, 100)
     low, high = seeds.interval(run[:, None] + track)
