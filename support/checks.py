@@ -44,11 +44,7 @@ def run(main):
             "error: a worker process ended (killed, or out of memory?): start again, with fewer NUM_WORKERS if it "
             "recurs"
         ) from None
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # SafetensorError is about writing: `read_weights` catches it
+    except (OSError, RuntimeError, SafetensorError) as error:
         if not about_writing(error):
             raise
         raise SystemExit(
@@ -58,7 +54,7 @@ def run(main):
 
 
 def about_writing(error):
-    """Whether a file could not be written, as far as the error says; the libraries have one kind each."""
+    """Whether a file could not be written; a SafetensorError is about that, as `read_weights` catches the others."""
     if isinstance(error, OSError):
         return error.errno in CANNOT_WRITE
     return isinstance(error, SafetensorError) or any(sign in str(error) for sign in TORCH_CANNOT_WRITE)

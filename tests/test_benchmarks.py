@@ -48,6 +48,7 @@ def test_a_control_learns_what_it_sees_and_is_told(toy_base, script, captions, a
     stop = edited.in_numbers(Target(speed=0.0)) if arm == "numbers" else "Stop."
     logits, _ = model(np.stack([captions[i % 2][0] for i in range(4)]), ["", "", stop, stop])
     assert [[*ANSWERS][i] for i in logits.argmax(1)] == ["Accelerate", "Turn left", "Brake", "Brake"]
+    assert len(model.trained_parameters()) == 8  # the two heads
     assert not any(p.requires_grad for p in model.git.parameters())
 
 

@@ -35,6 +35,7 @@ def test_held_out_sentences_are_not_taught_and_their_words_are_known():
         assert all(asks[sentence] == i.target for sentence in (*i.taught, *i.held_out)), name
     assert instructions.is_held_out("slow left", "Keep left. slow and careful please.")  # a phrasing
     assert instructions.is_held_out("slow right", "Drive slowly. Keep right.")  # a combination
+    assert instructions.is_held_out("speed forty-five", "Drive at forty-five.")  # a speed
     assert instructions.is_held_out("speed forty-five", "As fast as forty-five")  # a speed, by its name
     assert instructions.is_held_out("", "Nice weather. drive at 45")  # or by what is said
     assert not instructions.is_held_out("", "Drive at 4 or at 45.5.")
