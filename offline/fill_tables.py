@@ -168,16 +168,24 @@ def replace(heading, table, text):
     return section.sub(lambda match: f"{match[1]}{table}\n", text)
 
 
+def over_seeds(rows):
+    """What runs by seed say together: their number, mean and interval, the worst one, bad drives, laps."""
+    told = seeds.summarize(rows)
+    mean = "{mean} ({interval[0]} to {interval[1]})" if len(rows) > 1 else "{mean}"
+    shares = (f"{told[name]} %" for name in ("below_500_percent", "laps_finished_percent"))
+    return [str(len(rows)), mean.format(**told), f"{min(told['seeds'].values()):.1f}", *shares]
+
+
 def fill_runs(text):
-    """The tables that their benchmarks write, each below its heading, and what ten seeds say together."""
+    """The tables that their benchmarks write, each below its heading, and what several seeds say together."""
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
-    if rows := seeds.load():
-        text, told = replace("## Ten seeds", seeds.table(rows), text), seeds.summarize(rows)
-        cells = ["{mean} ({interval[0]} to {interval[1]})".format(**told), f"{min(told['seeds'].values()):.1f}"]
-        cells += [f"{told['below_500_percent']} %", f"{told['laps_finished_percent']} %"]
-        text = fill("| ten seeds |", lambda name: cells, text)
-    if found := controls.load_runs():
+    found = controls.load_runs()
+    several = {"PPO": seeds.load(), "PPO without words": {row["seed"]: row for row in found.get("classes", [])}}
+    if several["PPO"]:
+        text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
+    text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
+    if found:
         text = replace("## What words add", controls.table(found), text)
     return text
 
