@@ -4,7 +4,7 @@ Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips thos
 will. At the end it prints `table()`. The frames, the discount per frame and the frames per update are the same in every
 run. In first_model/ are those of 150,000 frames on the first model, whose last weights were scored, not their average.
 
-    python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 90
+    python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 90 to 110
 """
 
 import dataclasses

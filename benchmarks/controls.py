@@ -246,7 +246,7 @@ def draw(found, path):
     for arm, rows in found.items():
         x = [point["frames"] / 1000 for point in rows[0]["curve"]]
         y = np.array([[point["mean"] for point in row["curve"]] for row in rows])
-        axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm} ({len(rows)} seeds)")
+        axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm}, seeds: {len(rows)}")
         axis.fill_between(x, y.min(0), y.max(0), color=COLORS[arm], alpha=0.15, lw=0)
     axis.set(title="What words add: 20 validation tracks", xlabel=plots.FRAMES_LABEL, ylabel="return, greedy")
     axis.grid(alpha=0.3)
