@@ -19,6 +19,7 @@ from transformers.activations import GELUActivation, QuickGELUActivation
 # On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on
 # AMD. torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+TEXT_GROUPS = 8  # into which a batch of texts is sorted by length; one of 18 tokens is padded to 37 otherwise
 ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
 
 
@@ -52,6 +53,7 @@ class Weights(NamedTuple):
     decoder: list
     decoder_heads: int
     lm_head: tuple
+    padding: int  # the token behind texts that are shorter than others
 
 
 def collect(git, image_processor):
@@ -113,6 +115,7 @@ def collect(git, image_processor):
         ],
         decoder_heads=git.config.num_attention_heads,
         lm_head=linear_of(git.output),
+        padding=git.config.pad_token_id,
     )  # fmt: skip
 
 
@@ -221,13 +224,22 @@ def read(w, pixels, tokens, lengths, last=1):
 
 
 def read_texts(w, pixels, tokens):
-    """Logits (B, Q, T, vocabulary) of Q texts int64 (B, Q, T) on each of B images, whose rows are computed once."""
+    """Logits (B, Q, T, vocabulary) of Q texts int64 (B, Q, T) on each of B images, whose rows are computed once.
+
+    Texts of like length are read together, without the padding behind the longest of them, where logits are 0.
+    """
     image = encode_image(w, pixels)
     _, cache = decode(w, image, rows=torch.zeros(len(image), 0, dtype=torch.int64, device=image.device))  # none leaves
-    cache = [tuple(x.repeat_interleave(tokens.shape[1], 0) for x in pair) for pair in cache]
-    text = embed(w, tokens.flatten(0, 1))
-    mask = prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
-    return linear(decode(w, text, mask, cache)[0], *w.lm_head).unflatten(0, tokens.shape[:2])
+    longest, texts, logits = tokens.shape[-1], tokens.flatten(0, 1), []
+    lengths = ((texts != w.padding) * torch.arange(1, longest + 1, device=texts.device)).amax(1)
+    order = lengths.argsort()
+    for group in order.chunk(TEXT_GROUPS):
+        text = embed(w, texts[group, : lengths[group[-1]]])
+        mask = prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
+        images = group // tokens.shape[1]
+        states, _ = decode(w, text, mask, [(key[images], value[images]) for key, value in cache])
+        logits.append(F.pad(linear(states, *w.lm_head), (0, 0, 0, longest - text.shape[1])))
+    return torch.cat(logits)[order.argsort()].unflatten(0, tokens.shape[:2])
 
 
 def pad_texts(texts, padding_value):
