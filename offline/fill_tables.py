@@ -171,7 +171,7 @@ def replace(heading, table, text):
 def over_seeds(rows):
     """What runs by seed say together: their number, mean and interval, the worst one, bad drives, laps."""
     told = seeds.summarize(rows)
-    mean = "{mean} ({interval[0]} to {interval[1]})" if len(rows) > 1 else "{mean}"
+    mean = "{mean} ({interval[0]} to {interval[1]})" if len(rows) > 2 else "{mean}"
     shares = (f"{told[name]} %" for name in ("below_500_percent", "laps_finished_percent"))
     return [str(len(rows)), mean.format(**told), f"{min(told['seeds'].values()):.1f}", *shares]
 
