@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import GELUActivation, QuickGELUActivation
 
+TEXT_GROUPS = 8  # into which a batch of texts is sorted by length; one of 18 tokens is padded to 37 otherwise
 # On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on
 # AMD. torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-TEXT_GROUPS = 8  # into which a batch of texts is sorted by length; one of 18 tokens is padded to 37 otherwise
 ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
 
 

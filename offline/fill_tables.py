@@ -182,12 +182,9 @@ def fill_runs(text):
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     found = controls.load_runs()
     several = {"PPO": seeds.load(), "PPO without words": {row["seed"]: row for row in found.get("classes", [])}}
-    if several["PPO"]:
-        text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
+    text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
     text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
-    if found:
-        text = replace("## What words add", controls.table(found), text)
-    return text
+    return replace("## What words add", controls.table(found), text)
 
 
 def filled(text):
