@@ -46,7 +46,7 @@ MIN_FRAMES = 1_000  # fewer training frames are the shipped sample, not a datase
 
 LORA_RANK = 32
 LORA_ALPHA = 64
-EPOCHS = 4
+EPOCHS = 3
 WISHES = 0.5  # share of the questions about the scene in whose place the wish behind an instruction is asked for
 REWORDED = 0.4  # share of the plain texts, and half of it of those under an instruction, that ask in other words
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU

@@ -233,11 +233,12 @@ def read_texts(w, pixels, tokens):
     longest, texts, logits = tokens.shape[-1], tokens.flatten(0, 1), []
     lengths = ((texts != w.padding) * torch.arange(1, longest + 1, device=texts.device)).amax(1)
     order = lengths.argsort()
-    for group in order.chunk(TEXT_GROUPS):
+    images = order // tokens.shape[1]
+    seen = [zip(key[images].chunk(TEXT_GROUPS), value[images].chunk(TEXT_GROUPS)) for key, value in cache]
+    for group, *cache in zip(order.chunk(TEXT_GROUPS), *seen):
         text = embed(w, texts[group, : lengths[group[-1]]])
         mask = prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
-        images = group // tokens.shape[1]
-        states, _ = decode(w, text, mask, [(key[images], value[images]) for key, value in cache])
+        states, _ = decode(w, text, mask, cache)
         logits.append(F.pad(linear(states, *w.lm_head), (0, 0, 0, longest - text.shape[1])))
     return torch.cat(logits)[order.argsort()].unflatten(0, tokens.shape[:2])
 
