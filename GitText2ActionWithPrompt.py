@@ -93,6 +93,12 @@ def prompt_ids(tokenizer, instruction="", question=PROMPT):
     return [tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
 
 
+@functools.lru_cache(10_000)
+def ending_ids(tokenizer, answer):
+    """Token ids of an answer, numbers in words, and [SEP]: what follows a prompt."""
+    return [*tokenizer(questions.spelled(answer), add_special_tokens=False).input_ids, tokenizer.sep_token_id]
+
+
 def answer_ids(tokenizer, answers=tuple(ANSWERS)):
     """Token ids of each answer without [SEP]: one token each, or two that all share the first; else BadInput."""
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]

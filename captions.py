@@ -103,8 +103,8 @@ class Collator:
         frames, rows = zip(*samples)
         texts = []
         for instruction, question, answer in (text for row in rows for text in self.choose(row)):
-            ending = [*model_file.prompt_ids(tokenizer, "", answer)[1:], tokenizer.sep_token_id]  # no second [CLS]
-            texts.append((model_file.prompt_ids(tokenizer, instruction, question), ending))
+            prompt = model_file.prompt_ids(tokenizer, instruction, question)
+            texts.append((prompt, model_file.ending_ids(tokenizer, answer)))
         pixels = model_file.resize(np.stack(frames), self.processor.image_processor)
         tokens, labels = git_forward.pad_texts(texts, tokenizer.pad_token_id)
         texts = {"input_ids": tokens, "labels": labels}

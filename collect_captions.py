@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import car_racing_env
@@ -37,7 +37,7 @@ from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, 
 from instructions import RACE
 from perturbations import RandomBursts, Throws
 from road import read_state
-from support import cards, checks, processes, run_files
+from support import cards, checks, plots, processes, run_files
 from support.checkpoints import TASK_FILE
 from support.run_files import ROOT
 from teacher import TEACHER, PrivilegedState, load_teacher
@@ -181,19 +181,11 @@ def collect_split(run_jobs, folder, tracks, num_frames):
 
 def contact_sheet(rows, folder, path, columns=8):
     """A picture of evenly spread frames of every answer, each with its answer written below."""
-    size = 2 * 96
     lines = [[row for row in rows if row["text"] == answer] for answer in ANSWERS]
-    lines = [line for line in lines if line]
-    sheet = Image.new("RGB", (columns * (size + 4), len(lines) * (size + 18)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, line in enumerate(lines):
-        for x, i in enumerate(np.linspace(0, len(line) - 1, min(columns, len(line))).astype(int)):
-            row, corner = line[i], (x * (size + 4), y * (size + 18))
-            with Image.open(folder / row["file_name"]) as frame:
-                sheet.paste(frame.resize((size, size), Image.NEAREST), corner)
-            caption = f"{row['text']}  (track {row['track_seed']}, frame {row['frame']})"
-            draw.text((corner[0] + 2, corner[1] + size + 3), caption, "black")
-    sheet.save(path)
+    chosen = [row for line in lines if line for row in plots.spread(line, columns)]
+    frames = [np.asarray(Image.open(folder / row["file_name"])) for row in chosen]
+    captions = [f"{row['text']}  (track {row['track_seed']}, frame {row['frame']})" for row in chosen]
+    plots.draw_sheet(frames, captions, path, columns)
 
 
 def table(counts):
@@ -234,7 +226,7 @@ def main():
     }  # fmt: skip
     stuck = {split: stuck for split, (_, stuck) in splits.items()}
     (partial / "README.md").write_text(cards.dataset_card(facts, counts, stuck, table(counts)))
-    run_files.write_json(partial / "task.json", model_file.task())
+    run_files.write_json(partial / TASK_FILE, model_file.task())
     run_files.write_run(partial, run)
     run_files.replace_folder(partial, output)
     print(f"{table(counts)}\nwrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s")

@@ -1,8 +1,9 @@
 """Drive a fixed set of tracks with any driver and write what it scored.
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
-words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json and, if asked, a
-video. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
+words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json, the instruction
+in its name if there is one, and, if asked, a video; another POLICY or MODEL replaces them unless RESULTS_DIR differs,
+too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
 """

@@ -5,8 +5,9 @@ obedience is measured on it, and the model only ever sees the sentences. Targets
 model learned any.
 
 Language has splits as tracks have: `taught` phrasings are for stages 1 to 3; `held_out` ones, HELD_OUT_SPEEDS,
-HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only. Two of the held-out phrasings, "The car drives at
-speed" and "The car stands still", the model knows as answers about the scene, never as something to obey.
+HELD_OUT_COMBINATIONS and HELD_OUT_WORDINGS are for measuring only: never said as something to obey. As answers about
+the scene the model knows the held-out speeds and two of the phrasings, "The car drives at speed" and "The car stands
+still".
 """
 
 import functools
@@ -245,7 +246,7 @@ INSTRUCTIONS["right"] = Instruction(
 )
 
 SPEEDS = {questions.number(x): float(x) for x in (10, 15, 20, 22, 28, 30, 32, 35, 38, 40, 42, 48, 50)}
-HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}  # "five" and each ten are taught, these pairs are not
+HELD_OUT_SPEEDS = {"twenty-five": 25.0, "forty-five": 45.0}  # taught as what the car does, not as what is wanted
 HELD_OUT_NAMES = {f"speed {word}" for word in HELD_OUT_SPEEDS}
 SPEED_PHRASINGS = sentences("""
     Drive at speed {}. Drive at {}. Go at {}. Keep speed {}. Stay at {}. Make it {}. Set the speed to {}. Hold a

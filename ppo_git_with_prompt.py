@@ -40,9 +40,9 @@ RESUME = False  # continue from RESULTS_DIR/state.pt
 
 NUM_ENVS = 8  # simulators
 NUM_WORKERS = 2  # processes that share them; each has a thread here, whose model runs while another one's cars drive
-TORCH_THREADS = 1  # each of these threads computes with as many; TRAIN_LORA's updates take all cores
+TORCH_THREADS = 1  # of torch, inside each of these threads; TRAIN_LORA's updates take all cores
 NUM_STEPS = 512  # decisions per environment and update
-INSTRUCTED_SHARE = 0.5  # of them: there the driver is told what to do (instructions.py), and the car is thrown about
+INSTRUCTED_SHARE = 0.5  # of the environments: the driver is told what to do (instructions.py), the car thrown about
 CHANGE = 0.008  # chance per decision that it is told something else; three times as often while it is told to stop
 THROWN = 0.001  # chance per decision, and at the start, of a throw (perturbations.py); a turned car is not charged
 TOTAL_UPDATES = 48  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
@@ -70,7 +70,8 @@ EVALUATIONS = 4  # evenly spread over the run, besides the one before training
 EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
-# what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows
+# what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows,
+# and TORCH_THREADS, which the last bits do
 MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
 
 
@@ -78,8 +79,9 @@ def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     Tensors are float32 (T, N). `next_value[t]` is the value of the state that followed step t, before any reset;
-    `terminated` marks real ends, which are worth nothing afterwards; `done` every episode end, truncation included,
-    where the sum stops but the value is still bootstrapped. Returns advantage and return (advantage + value).
+    `terminated` marks real ends, which are worth nothing afterwards; `done` every end, truncation and another
+    instruction included, where the sum stops but the value is still bootstrapped. Returns advantage and return
+    (advantage + value).
     """
     advantage, running = torch.empty_like(reward), 0.0
     delta = reward + gamma * next_value * (1 - terminated) - value
@@ -119,7 +121,7 @@ class ReturnNormalizer:
         self.mean, self.var, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, reward, done):
-        """Normalise one step's rewards, float32 (N,); `done` (N,), truncation included, forgets the return so far."""
+        """Normalise one step's rewards, float32 (N,); `done` (N,), of any kind, forgets the return so far."""
         self.discounted = self.discounted * self.gamma * (1 - done.double()) + reward.double()
         batch_mean, batch_var = self.discounted.mean().item(), self.discounted.var(unbiased=False).item()
         delta, n, total = batch_mean - self.mean, len(reward), self.count + len(reward)

@@ -138,6 +138,9 @@ def metadata_files():
 def load_data():
     """The two splits, of frames that were collected for this task."""
     folders = [ROOT / folder for folder in (DATA_DIR, *MORE_DATA)]
+    for folder in folders:
+        task = checks.read_json(folder / checkpoints.TASK_FILE, "run collect_captions.py first")
+        checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
     train = Captions(*(folder / "train" for folder in folders))
     validation = Captions(ROOT / DATA_DIR / "validation")
     if len(train) < max(MIN_FRAMES, BATCH_SIZE):
@@ -149,9 +152,6 @@ def load_data():
     if held_out := sorted(sentence for name, sentence in told if instructions.is_held_out(name, sentence)):
         remedy = "which instructions.py holds out: rerun collect_captions.py"
         raise checks.BadInput(f"{DATA_DIR}/ or MORE_DATA says {held_out[0]!r}, {remedy}")
-    for folder in folders:
-        task = checks.read_json(folder / checkpoints.TASK_FILE)
-        checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
     return train, validation
 
 

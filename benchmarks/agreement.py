@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 import evaluate
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
-from support import checks, run_files
+from support import checks, plots, run_files
 from support.run_files import ROOT
 
 POLICY = "results/published/policy"
@@ -28,7 +27,7 @@ class Watched:
     """The policy, and for each decision: what the model says, what the untrained head would do, what is done."""
 
     def __init__(self, model):
-        self.model, self.said, self.before, self.done, self.frames = model, [], [], [], []
+        self.model, self.decisions, self.frames = model, [], []
 
     @torch.no_grad()
     def __call__(self, frames, infos):
@@ -36,11 +35,9 @@ class Watched:
         action = self.model.head(features, scores)[0].argmax(1)
         answers = list(ANSWERS)
         said = [answers.index(text) if text in answers else -1 for text in self.model.answer(frames)]
-        for frame, *decision in zip(frames, said, scores.argmax(1).tolist(), action.tolist()):
-            for column, answer in zip((self.said, self.before, self.done), decision):
-                column.append(answer)
-            if decision[0] != decision[2]:
-                self.frames.append((frame.copy(), decision[0], decision[2]))
+        decisions = list(zip(said, scores.argmax(1).tolist(), action.tolist()))
+        self.decisions += decisions
+        self.frames += [(x.copy(), said, done) for x, (said, _, done) in zip(frames, decisions) if said != done]
         return to_simulator(action)
 
 
@@ -62,33 +59,22 @@ def changes(said, done):
     return dict(counts.most_common())
 
 
-def sheet(frames, path, columns=6, size=192):
-    """PICTURES of the differing frames, evenly spread over the drive, with "said -> done" below each."""
-    answers = [*ANSWERS, "no answer"]
-    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(PICTURES, len(frames))).astype(int)]
-    rows = -(-len(chosen) // columns)
-    picture = Image.new("RGB", (columns * (size + 4), rows * (size + 20)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (frame, said, done) in enumerate(chosen):
-        x, y = i % columns * (size + 4), i // columns * (size + 20)
-        picture.paste(Image.fromarray(frame).resize((size, size), Image.NEAREST), (x, y))
-        draw.text((x + 2, y + size + 3), f"says {answers[said]}, does {answers[done]}", "black")
-    picture.save(path)
-
-
 def main():
     torch.set_num_threads(evaluate.TORCH_THREADS)
     watched = Watched(GitText2ActionWithPrompt.from_policy(ROOT / POLICY))
     scores = evaluate.evaluate(watched, TRACKS)
+    said, before, done = zip(*watched.decisions)
     results = {
-        "before_ppo": agreement(watched.said, watched.before),
-        "after_ppo": agreement(watched.said, watched.done),
-        "changes": changes(watched.said, watched.done),
+        "before_ppo": agreement(said, before),
+        "after_ppo": agreement(said, done),
+        "changes": changes(said, done),
         "score": evaluate.summarize(scores),
         "tracks": [TRACKS[0], TRACKS[-1]],
         "policy": POLICY,
     }
-    sheet(watched.frames, OUTPUT / "agreement.png")
+    names, chosen = [*ANSWERS, "no answer"], plots.spread(watched.frames, PICTURES)
+    captions = [f"says {names[said]}, does {names[done]}" for _, said, done in chosen]
+    plots.draw_sheet([frame for frame, _, _ in chosen], captions, OUTPUT / "agreement.png", columns=6)
     run_files.write_json(OUTPUT / "agreement.json", results | run_files.run_facts())
     for name in ("before_ppo", "after_ppo"):
         print(

@@ -1,6 +1,5 @@
 """Drives that are measured: what the car did, decision by decision, told something or turned round in mid-drive."""
 
-import contextlib
 import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -53,40 +52,37 @@ def drive(driver, tracks, decisions, says, angles=None, when=0):
     """
     angles = [0.0] * len(tracks) if angles is None else angles
 
-    def share(first):
-        told = {decision: x[first::workers] if isinstance(x, list) else x for decision, x in says.items()}
-        return drive_all(copy.copy(driver), tracks[first::workers], decisions, told, angles[first::workers], when)
+    makers, count = [functools.partial(make_probe, angle, when) for angle in angles], evaluate.NUM_WORKERS
 
-    workers = min(evaluate.NUM_WORKERS, len(tracks))
-    with ThreadPoolExecutor(workers) as pool:
-        shares = list(pool.map(share, range(workers)))
+    def share(first, envs):
+        told = {decision: x[first::count] if isinstance(x, list) else x for decision, x in says.items()}
+        return drive_all(copy.copy(driver), envs, tracks[first::count], decisions, told)
+
+    with ThreadPoolExecutor(count) as pool, processes.simulators(makers, "DISABLED", count) as workers:
+        shares = list(pool.map(share, range(count), workers))
     results = {name: np.empty((decisions, len(tracks)), x.dtype) for name, x in shares[0].items()}
     for name, result in results.items():
         for first, part in enumerate(shares):
-            result[:, first::workers] = part[name]
+            result[:, first::count] = part[name]
     return results
 
 
-def drive_all(driver, tracks, decisions, says, angles, when):
-    """`drive` in one process; `driver` is told, and changed by it."""
-    makers = [functools.partial(make_probe, angle, when) for angle in angles]
+def drive_all(driver, envs, tracks, decisions, says):
+    """`drive` in the environments of one worker; `driver` is told, and changed by it."""
     rows, driving, left_field = [], np.ones(len(tracks), dtype=bool), np.zeros(len(tracks), dtype=bool)
-    with contextlib.closing(processes.Simulators(makers, "DISABLED")) as envs:
-        frames, infos = envs.reset(seed=list(tracks))
-        for decision in range(decisions):
-            driver.told = says.get(decision, driver.told)
-            frames, _, terminated, truncated, infos = envs.step(driver(frames, {"state": infos["state"]}))
-            done = terminated | truncated
-            left_field = left_field | (
-                driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool))
-            )
-            ways = {"short_cuts": infos["short_cuts"], "driving": driving, "left_field": left_field}
-            rows.append(measure(infos["state"]) | ways)
-            driving = driving & ~done
-            if done.any():  # it idles
-                seeds = [track if ended else None for track, ended in zip(tracks, done)]
-                frames, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
-                infos["state"][done] = reset_infos["state"][done]
+    frames, infos = envs.reset(seed=list(tracks))
+    for decision in range(decisions):
+        driver.told = says.get(decision, driver.told)
+        frames, _, terminated, truncated, infos = envs.step(driver(frames, {"state": infos["state"]}))
+        done = terminated | truncated
+        left_field = left_field | (driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool)))
+        ways = {"short_cuts": infos["short_cuts"], "driving": driving, "left_field": left_field}
+        rows.append(measure(infos["state"]) | ways)
+        driving = driving & ~done
+        if done.any():  # it idles
+            seeds = [track if ended else None for track, ended in zip(tracks, done)]
+            frames, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
+            infos["state"][done] = reset_infos["state"][done]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

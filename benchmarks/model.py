@@ -27,6 +27,7 @@ from support.run_files import ROOT
 
 BATCHES = (8, 1)
 LORA_BATCH = 32
+SAMPLE = 180  # frames, as many as are in git
 
 
 def load_frames(count):
@@ -143,8 +144,8 @@ def make_trainer(captions, ours):
 
 
 def compare_lora_epoch():
-    """One epoch over the dataset's sample."""
-    data = Captions(ROOT / stage2.DATA_DIR / "train")
+    """One epoch over as many frames as the sample of the dataset has."""
+    data = torch.utils.data.Subset(Captions(ROOT / stage2.DATA_DIR / "train"), range(SAMPLE))
     peer, ours = (repeat(1, data, make_trainer(data, ours).train) for ours in (False, True))
     compare.alternate("LoRA epoch: ours vs Trainer with the processor per sample", "sample", peer, ours)
 

@@ -19,7 +19,7 @@ import instructions
 from benchmarks import drives
 from car_racing_env import FPS, FRAME_SKIP
 from instructions import HELD_OUT_COMBINATIONS, HELD_OUT_SPEEDS, INSTRUCTIONS
-from support import checks, run_files
+from support import checks, plots, run_files
 from support.plots import plt
 
 DRIVER = "teacher"  # one of evaluate.py, whose constants say which model
@@ -163,8 +163,7 @@ def draw(measured, path):
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=4)
     for axes in (shares, speeds, offsets):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def main():

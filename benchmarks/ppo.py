@@ -20,7 +20,7 @@ import torch
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
 from benchmarks import compare
-from support import processes
+from support import checks, processes
 
 ROUNDS = 3
 UPDATES = 2  # timed, after WARMUP_UPDATES in which only the value learns
@@ -102,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    checks.run(main)

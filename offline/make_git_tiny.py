@@ -7,7 +7,7 @@ them it learns to say in the simplest words what somebody wants, by the taught p
 that is how the car drives: a model that has read a book knows that left is not right. What to do about it, it does not
 know.
 
-    python -m offline.make_git_tiny      # 30 to 60 minutes on two CPU cores, 3 on a GPU and 16 cores
+    python -m offline.make_git_tiny      # 20 to 40 minutes on two CPU cores, 3 on a GPU and 16 cores
 
 The shipped one comes back with: git checkout offline/git-tiny
 """
@@ -21,12 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
 import instructions
+import perturbations
 import questions
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
@@ -68,10 +70,10 @@ HEADS = 4
 EPOCHS = 3
 BATCH_SIZE = 128  # frames
 QUESTIONS_PER_FRAME = 4
-# in each step of the last epoch; from the start and with all the weight they kept it from learning to read the speed
+# for each frame of the last epoch; from the start and with all the weight they kept it from learning to read the speed
 # (LOG.md)
-WISHES = 128  # instructions after which it is asked what is wanted
-FITS = 256  # instructions after which it is asked whether the car drives so
+WISHES = 1  # instructions after which it is asked what is wanted
+FITS = 2  # instructions after which it is asked whether the car drives so
 WISH_WEIGHT = 0.5  # of the loss of either beside that of the scene
 VARIED = 0.5  # share of these that are said as somebody else might say them
 LEARNING_RATE = 1e-3  # peak of a one-cycle schedule
@@ -185,7 +187,7 @@ class Texts:
         self.pad, self.keys = tokenizer.pad_token_id, list(answers[0])
         table = {answer: None for row in answers for answer in row.values()}
         numbers = {answer: i for i, answer in enumerate(table)}
-        self.endings = [[*tokenizer(x, add_special_tokens=False).input_ids, tokenizer.sep_token_id] for x in table]
+        self.endings = [model_file.ending_ids(tokenizer, answer) for answer in table]
         self.prompts = [
             [model_file.prompt_ids(tokenizer, "", wording) for wording in questions.QUESTIONS[key]] for key in self.keys
         ]
@@ -211,12 +213,9 @@ class Texts:
 
 def told_texts(tokenizer, question, told, answers):
     """Token ids and labels int64 (N, T) of a question after each of N instructions (`instructions.draw`)."""
-    rows = []
-    for x, text in zip(told, answers, strict=True):
-        ending = tokenizer(text, add_special_tokens=False).input_ids
-        prompt = model_file.prompt_ids(tokenizer, x.sentence, question)
-        rows.append((prompt, [*ending, tokenizer.sep_token_id]))
-    return git_forward.pad_texts(rows, tokenizer.pad_token_id)
+    prompts = [model_file.prompt_ids(tokenizer, x.sentence, question) for x in told]
+    endings = [model_file.ending_ids(tokenizer, text) for text in answers]
+    return git_forward.pad_texts([*zip(prompts, endings, strict=True)], tokenizer.pad_token_id)
 
 
 def wishes(tokenizer, told):
@@ -248,19 +247,23 @@ def batches(num_frames, first_step):
 def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     """One step on the frames `rows`; returns the loss.
 
-    With QUESTIONS_PER_FRAME of the questions of each in any wording; of the instructions `told`, as many before each
-    frame, the first FITS are asked whether it is so, the others what is wanted.
+    With QUESTIONS_PER_FRAME of the questions of each in any wording. After the instructions `told`, if there are any, it
+    is asked WISHES times for each frame what is wanted, FITS times whether the car drives so.
     """
     asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
-    tokens, labels = texts(rows, asked, texts.draw_wordings(asked))
-    loss = git_forward.text_loss(answer(model, frames[rows], tokens), labels)
+    parts, counts = [texts(rows, asked, texts.draw_wordings(asked))], [QUESTIONS_PER_FRAME]
     if told:
-        moves = motion[rows[: FITS // QUESTIONS_PER_FRAME]].repeat(QUESTIONS_PER_FRAME, 0)
-        tokenizer = model.processor.tokenizer
-        for said in (wishes(tokenizer, told[FITS:]), fits(tokenizer, told[:FITS], moves)):
-            tokens, labels = (x.unflatten(0, (-1, QUESTIONS_PER_FRAME)) for x in said)
-            logits = answer(model, frames[rows[: len(tokens)]], tokens)
-            loss = loss + WISH_WEIGHT * git_forward.text_loss(logits, labels)
+        tokenizer, wished, moves = model.processor.tokenizer, WISHES * len(rows), motion[rows].repeat(FITS, 0)
+        parts += [wishes(tokenizer, told[:wished]), fits(tokenizer, told[wished:], moves)]
+        counts += [WISHES, FITS]
+    longest = max(tokens.shape[-1] for tokens, _ in parts)
+    tokens, labels = (
+        torch.cat([F.pad(x, (0, longest - x.shape[-1]), value=value).view(len(rows), -1, longest) for x in part], 1)
+        for part, value in zip(zip(*parts), (texts.pad, -100))
+    )
+    logits = answer(model, frames[rows], tokens)  # the frames are seen once, whatever is asked
+    losses = map(git_forward.text_loss, logits.split(counts, 1), labels.split(counts, 1))
+    loss = sum(weight * loss for weight, loss in zip((1.0, WISH_WEIGHT, WISH_WEIGHT), losses))
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.git.parameters(), MAX_GRAD_NORM)
@@ -302,7 +305,7 @@ def save(model, output, run, loss, validation_loss, accuracy):
         "shape": f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE}, width {WIDTH}, {VISION_LAYERS} vision "
         f"and {TEXT_LAYERS} text layers, a WordPiece vocabulary of its own",
         "made": f"seed {SEED}, {TRAIN_FRAMES:,} frames of tracks from {TRAIN_TRACKS[0]:,}, {EPOCHS} epochs, "
-        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wishes and {FITS} comparisons with them per step of the "
+        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wish and {FITS} comparisons with one for each of the "
         "last epoch",
         "loss": loss,
         "validation_loss": validation_loss,
@@ -319,10 +322,11 @@ def main():
     if OUTPUT_DIR != SHIPPED:
         output = run_files.check_own(output, Path(__file__).name)
     run = run_files.describe_run(
-        globals(), vars(model_file), vars(car_racing_env), teacher_hash=run_files.file_hash(ROOT / TEACHER)
-    )
+        globals(), *map(vars, (model_file, car_racing_env, perturbations)),
+        teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
+    )  # fmt: skip
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 30 to 60 minutes on two CPU cores with the default constants; "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 20 to 40 minutes on two CPU cores with the default constants; "
         f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)
@@ -346,7 +350,8 @@ def main():
         torch.set_rng_state(state["rng"])
     for step, rows in (bar := tqdm(batches(len(frames), first), initial=first, total=steps, mininterval=10)):
         rng, last_epoch = np.random.default_rng([SEED, step]), step >= steps - steps // EPOCHS
-        told = [instructions.draw(rng, varied_share=VARIED) for _ in range(WISHES + FITS if last_epoch else 0)]
+        count = BATCH_SIZE * (WISHES + FITS) if last_epoch else 0
+        told = [instructions.draw(rng, varied_share=VARIED) for _ in range(count)]
         losses.append(train_step(model, optimizer, schedule, *train, rows, told))
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if (step + 1) % (steps // EPOCHS) == 0:

@@ -8,6 +8,7 @@ ppo_losses.png and ppo_diagnostics.png beside them.
 
 import matplotlib
 import numpy as np
+from PIL import Image, ImageDraw
 
 from support.checks import BadInput, run
 from support.run_files import ROOT, read_log
@@ -51,6 +52,23 @@ def save(figure, path):
     finally:
         plt.close(figure)
         partial.unlink(missing_ok=True)
+
+
+def spread(items, count):
+    """At most `count` of the items, evenly spread over the list."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+def draw_sheet(frames, captions, path, columns, size=192):
+    """Frames uint8 (96, 96, 3) in rows, a caption below each."""
+    rows, width, height = -(-len(frames) // columns), size + 4, size + 20
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (frame, caption) in enumerate(zip(frames, captions, strict=True)):
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(Image.fromarray(frame).resize((size, size), Image.NEAREST), (x, y))
+        draw.text((x + 2, y + size + 3), caption, "black")
+    sheet.save(path)
 
 
 def draw_reward_curve(results):
@@ -160,13 +178,16 @@ def draw_confusion(confusion, answers, path):
     save(figure, path)
 
 
+DRAWN_FROM = {"lora_log.csv": draw_lora_loss, "eval_log.csv": draw_ppo}
+
+
 def main():
     folder = ROOT / RESULTS_DIR
-    if not (folder / "eval_log.csv").exists():
-        raise BadInput(f"no eval_log.csv in {RESULTS_DIR}/: run ppo_git_with_prompt.py first")
-    draw_ppo(folder)
-    if (folder / "lora_log.csv").exists():
-        draw_lora_loss(folder)
+    drawn = {name: draw for name, draw in DRAWN_FROM.items() if (folder / name).exists()}
+    if not drawn:
+        raise BadInput(f"no {' and no '.join(DRAWN_FROM)} in {RESULTS_DIR}/: run stage 2 or 3 first")
+    for draw in drawn.values():
+        draw(folder)
     print(f"drew the graphs in {RESULTS_DIR}/")
 
 

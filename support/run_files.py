@@ -143,15 +143,15 @@ def read_log(path):
 class RunLogs:
     """What a PPO run writes while it trains: three CSV logs, run.json and, if TensorBoard is installed, its scalars.
 
-    `state`, of a run that continues, says after which update; without one the files of an earlier run in `folder` go. A
-    context manager: it holds the folder, so that no other run writes there, and brings run.json up to date when it
-    ends.
+    `state`, of a run that continues, says after which update; without one logs, state and videos of an earlier run in
+    `folder` go, its policy and graphs when they are replaced. A context manager: it holds the folder, so that no other
+    run writes there, and brings run.json up to date when it ends.
     """
 
     def __init__(self, folder, run, state=None):
         self.folder, self.run, self.lock = folder, run, lock(folder)
-        for partial in folder.glob("video_episode_*.partial*"):  # of a run that was killed
-            partial.unlink()
+        for video in folder.glob("video_episode_*.partial*" if state else "video_episode_*"):  # partial: it was killed
+            video.unlink()
         if not state:
             (folder / "state.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)

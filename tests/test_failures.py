@@ -153,7 +153,7 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
     """Interrupted in the second of its epochs at toy size, and while it is saved, it ends in the same weights."""
 
     def make(name, **constants):
-        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, WISHES=32, FITS=16, EPOCHS=3, SAVE_EVERY=2)
+        toy = dict(TRAIN_FRAMES=48, VALIDATION_FRAMES=8, BATCH_SIZE=16, EPOCHS=3, SAVE_EVERY=2)
         module = script("offline/make_git_tiny", OUTPUT_DIR=str(tmp_path / name), **TOY_SHAPE, **toy, **constants)
         module.STATE = tmp_path / f"{name}.pt"
         module.processes = Mock(workers=lambda number: nullcontext(map))  # the frames come from this process
