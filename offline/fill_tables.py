@@ -181,7 +181,9 @@ def fill_runs(text):
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     found = controls.load_runs()
-    several = {"PPO": seeds.load(), "PPO without words": {row["seed"]: row for row in found.get("classes", [])}}
+    several = {"PPO": seeds.load()}
+    for name, arm in (("PPO, five classes for words", "classes"), ("the same, from random weights", "random classes")):
+        several[name] = {row["seed"]: row for row in found.get(arm, [])}
     text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
     text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
     return replace("## What words add", controls.table(found), text)
