@@ -15,7 +15,7 @@ more layers. Writes benchmarks/controls/<name>_seed<n>.json as each run ends, an
 start at will. Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and
 the same seeds of the adapter that ships (benchmarks/seeds.py; only their PPO differs) stand beside them.
 
-    python -m benchmarks.controls      # not timed yet; after python collect_captions.py
+    python -m benchmarks.controls      # 17 to 45 minutes a run; after python collect_captions.py
 """
 
 import functools

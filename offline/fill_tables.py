@@ -19,6 +19,11 @@ from support.run_files import ROOT, read_log
 PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCORE = re.compile(r"\[[^]]*±[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json)\)(?:, laps \d+ %, min -?\d+)?")
+CONTROLS = {  # rows of the README, and their arms
+    "one round of captions, in words": "words",
+    "the same in five classes": "classes",
+    "the same from random weights": "random classes",
+}
 MEANS = re.compile(r"(\[eval_log\.csv\]\(\S+\)\): )\d+\.\d(?:[ \n]->[ \n]\d+\.\d)*")
 
 
@@ -181,9 +186,9 @@ def fill_runs(text):
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     found = controls.load_runs()
-    several = {"PPO": seeds.load()}
-    for name, arm in (("PPO, five classes for words", "classes"), ("the same, from random weights", "random classes")):
-        several[name] = {row["seed"]: row for row in found.get(arm, [])}
+    several = {"PPO": seeds.load()} | {
+        name: {row["seed"]: row for row in found.get(arm, [])} for name, arm in CONTROLS.items()
+    }
     text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
     text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
     return replace("## What words add", controls.table(found), text)
