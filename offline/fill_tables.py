@@ -160,6 +160,23 @@ def fill_benchmarks(text):
     return fill("| the model says | decisions", agreed, text)
 
 
+def fill_rounds(text):
+    """One round of captions beside those of the model that ships: exact answers, and what is obeyed after PPO."""
+    folders = PUBLISHED / "one_round", PUBLISHED / ROUNDS[-1]
+    exact = [percent(read_log(folder / "lora_log.csv")[-1]["exact_match"]) for folder in folders]
+    drives = read_json(folders[0] / "ppo.json")["obeyed"], read_json(BENCHMARKS / "obedience.json")["policy"]["rows"]
+    groups = {name: group for group, name in obedience.GROUPS.items()}
+
+    def cells(name):
+        if name.startswith("exact"):
+            return exact
+        if name not in groups:
+            return None
+        return [percent(np.mean([x["obeyed"] for x in rows if x["group"] == groups[name]])) for rows in drives]
+
+    return fill("| one round and six |", cells, text)
+
+
 def fill_page(text):
     rows = {
         str(row["sessions"]): [*map(str, row.values())][1:] for row in read_json(BENCHMARKS / "page.json")["together"]
@@ -197,8 +214,8 @@ def fill_runs(text):
 def filled(text):
     """A page's text with its tables filled anew."""
     for fill_some in (
-        fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_page,
-        fill_runs, fill_scores_of_readme,
+        fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_rounds,
+        fill_page, fill_runs, fill_scores_of_readme,
     ):  # fmt: skip
         text = fill_some(text)
     return text

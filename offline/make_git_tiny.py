@@ -247,8 +247,8 @@ def batches(num_frames, first_step):
 def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     """One step on the frames `rows`; returns the loss.
 
-    With QUESTIONS_PER_FRAME of the questions of each in any wording. After the instructions `told`, if there are any, it
-    is asked WISHES times for each frame what is wanted, FITS times whether the car drives so.
+    With QUESTIONS_PER_FRAME of the questions of each in any wording. After the instructions `told`, if there are any,
+    it is asked WISHES times for each frame what is wanted, FITS times whether the car drives so.
     """
     asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
     parts, counts = [texts(rows, asked, texts.draw_wordings(asked))], [QUESTIONS_PER_FRAME]
