@@ -6,14 +6,15 @@ its policy drive:
 - `words` is git-tiny, which reads the texts of stage 2; `random words` its architecture from random weights;
 - `classes` is git-tiny's image encoder with a head of five classes in the place of prompt and answers; `random classes`
   the same from random weights;
-- `numbers` is `classes` told the speed and the offset that an instruction asks for;
+- `numbers` is git-tiny whose decoder reads the speed and the offset that an instruction asks for as one row, in the
+  place of sentence and question, and has a head of five classes;
 - `no prior` trains nothing: it is the adapter that ships, with LANGUAGE_PRIOR = 0.
 
 What differs beside the words: `classes` learns the plain answers alone, and in PPO nobody tells it anything, as it
-cannot be told anything; both kinds of classes read the encoder's first row, the words all of its rows through three
-more layers. Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and
-start at will. Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and
-the same seeds of the adapter that ships (benchmarks/seeds.py; only their PPO differs) stand beside them.
+cannot be told anything; it reads the encoder's first row, words and numbers all of its rows through three more layers.
+Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
+Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds
+of the adapter that ships (benchmarks/seeds.py; only their PPO differs) stand beside them.
 
     python -m benchmarks.controls      # 17 to 45 minutes a run; after python collect_captions.py
 """
@@ -73,45 +74,64 @@ def draw_in_numbers(rng):
 
 
 class Classifier(GitText2ActionWithPrompt):
-    """An image encoder and a head of five classes, the policy's prior; told numbers or nothing."""
+    """An image encoder and a head of five classes, the policy's prior, which cannot be told anything."""
 
-    def __init__(self, git, processor, numbers=False, **head):
+    def __init__(self, git, processor, **head):
         super().__init__(git, processor, {"base_model": BASE, "adapter": ""}, **head)
-        self.numbers = numbers
-        self.hidden = nn.Linear(self.feature_size + TARGET_SIZE, self.feature_size)
+        self.hidden = nn.Linear(self.feature_size, self.feature_size)
         self.classes = nn.Linear(self.feature_size, len(self.answers))
         self.to(self.device)
 
-    def see(self, weights, frames):
-        """The image's first row, float32 (B, hidden)."""
-        return git_forward.encode_image(weights, self.pixels(frames))[:, 0].float()
+    def texts(self, row):
+        """What is asked and answered of a caption: pairs of a `Target` and an answer."""
+        return [(RACE, row["text"])]
 
-    def classify(self, seen, targets):
-        """`features` (B, hidden) and logits (B, 5) of what was seen (B, hidden), under a `Target` for each."""
-        encoded = torch.stack([torch.from_numpy(target.encode()) for target in targets]).to(self.device)
-        features = torch.tanh(self.hidden(torch.cat([seen, encoded], 1)))
+    def classify(self, weights, frames, index, targets):
+        """`features` (N, hidden) and logits (N, 5) of the frames `index`, a list of N, under a `Target` for each."""
+        seen = git_forward.encode_image(weights, self.pixels(frames))[:, 0].float()
+        features = torch.tanh(self.hidden(seen[index]))
         return features, self.classes(features)
 
     @torch.no_grad()
     def encode(self, frames, told=""):
         each = [told] * len(frames) if isinstance(told, str) else told
-        features, logits = self.classify(self.see(self.weights, frames), [read_numbers(said) for said in each])
+        targets = [read_numbers(said) for said in each]
+        features, logits = self.classify(self.weights, frames, [*range(len(frames))], targets)
         return features, logits.log_softmax(-1)
 
 
+class ToldNumbers(Classifier):
+    """The whole of git-tiny, whose decoder reads the numbers of a target as one row in the place of a text."""
+
+    def __init__(self, git, processor, **head):
+        super().__init__(git, processor, **head)
+        self.hidden = nn.Linear(TARGET_SIZE, self.feature_size).to(self.device)
+
+    def texts(self, row):
+        told = [(x["instruction"], x["text"]) for x in draw_told(row)]
+        said = [(RACE if name == "garbled" else instructions.target(name), answer) for name, answer in told]
+        return [(RACE, row["text"]), *said]
+
+    def classify(self, weights, frames, index, targets):
+        encoded = torch.stack([torch.from_numpy(target.encode()) for target in targets]).to(self.device)
+        image = git_forward.encode_image(weights, self.pixels(frames))
+        none = torch.zeros(len(image), 0, dtype=torch.int64, device=image.device)
+        _, cache = git_forward.decode(weights, image, rows=none)
+        row = weights.text_norm(self.hidden(encoded))[:, None]
+        states, _ = git_forward.decode(weights, row, cache=[(key[index], value[index]) for key, value in cache])
+        features = states[:, 0].float()
+        return features, self.classes(features)
+
+
 def classifier_loss(model, samples):
-    """Cross-entropy of the plain answers of some captions; told numbers also of those under their instructions."""
+    """Cross-entropy of the answers to what a `Classifier` is asked of some captions."""
     frames, rows = zip(*samples)
     weights = git_forward.collect(model.base, model.processor.image_processor)
-    index, targets, labels = [], [], []
-    for i, row in enumerate(rows):
-        for told in [{"instruction": "", "text": row["text"]}, *(draw_told(row) if model.numbers else [])]:
-            index.append(i)
-            name = told["instruction"]
-            targets.append(RACE if name in ("", "garbled") else instructions.target(name))
-            labels.append([*ANSWERS].index(told["text"]))
-    logits = model.classify(model.see(weights, np.stack(frames))[index], targets)[1]
-    return F.cross_entropy(logits, torch.tensor(labels, device=model.device))
+    asked = [(i, target, answer) for i, row in enumerate(rows) for target, answer in model.texts(row)]
+    index, targets, answers = zip(*asked)
+    logits = model.classify(weights, np.stack(frames), [*index], targets)[1]
+    labels = torch.tensor([[*ANSWERS].index(answer) for answer in answers], device=model.device)
+    return F.cross_entropy(logits, labels)
 
 
 def fit(parameters, loss_of, data):
@@ -157,13 +177,14 @@ def imitate(arm, data):
     git = git.to(device())
     if arm in IN_WORDS:
         return imitate_in_words(git, processor, data)
-    model = Classifier(git, processor, arm == "numbers")
+    kind = ToldNumbers if arm == "numbers" else Classifier
+    model = kind(git, processor)
     trained = [*git.parameters(), *model.hidden.parameters(), *model.classes.parameters()]
     fit(trained, functools.partial(classifier_loss, model), data)
     git.requires_grad_(False)
 
     def load():
-        fresh = Classifier(git, processor, arm == "numbers")
+        fresh = kind(git, processor)
         fresh.hidden, fresh.classes = model.hidden, model.classes
         return fresh
 
