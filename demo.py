@@ -223,7 +223,8 @@ class Session(threading.Thread):
             by = ""
         else:
             reply, by = reads[0].ask(text), DRIVERS[reads[0].name][0] if len(self.drives) > 1 else ""
-        self.send({"asked": text, "reply": reply, "by": by, "note": self.unknown(text)})
+        speed = round(reads[0].speed) if reads else None
+        self.send({"asked": text, "speed": speed, "reply": reply, "by": by, "note": self.unknown(text)})
 
     def do_drivers(self, names):
         self.names, self.again = names, True

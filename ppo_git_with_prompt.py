@@ -71,7 +71,7 @@ EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
 # what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows,
-# and TORCH_THREADS, which the last bits do
+# and the last bits, which depend on TORCH_THREADS
 MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
 
 

@@ -114,9 +114,7 @@ class ToldNumbers(Classifier):
 
     def classify(self, weights, frames, index, targets):
         encoded = torch.stack([torch.from_numpy(target.encode()) for target in targets]).to(self.device)
-        image = git_forward.encode_image(weights, self.pixels(frames))
-        none = torch.zeros(len(image), 0, dtype=torch.int64, device=image.device)
-        _, cache = git_forward.decode(weights, image, rows=none)
+        cache = git_forward.read_image(weights, self.pixels(frames))
         row = weights.text_norm(self.hidden(encoded))[:, None]
         states, _ = git_forward.decode(weights, row, cache=[(key[index], value[index]) for key, value in cache])
         features = states[:, 0].float()

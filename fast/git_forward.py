@@ -223,13 +223,19 @@ def read(w, pixels, tokens, lengths, last=1):
     return states.float(), cache
 
 
+def read_image(w, pixels):
+    """The cache that texts on images attend to; their own rows need not leave the last layer."""
+    image = encode_image(w, pixels)
+    return decode(w, image, rows=torch.zeros(len(image), 0, dtype=torch.int64, device=image.device))[1]
+
+
 def read_texts(w, pixels, tokens):
     """Logits (B, Q, T, vocabulary) of Q texts int64 (B, Q, T) on each of B images, whose rows are computed once.
 
     Texts of like length are read together, without the padding behind the longest of them, where logits are 0.
     """
-    image = encode_image(w, pixels)
-    _, cache = decode(w, image, rows=torch.zeros(len(image), 0, dtype=torch.int64, device=image.device))  # none leaves
+    cache = read_image(w, pixels)
+    image_rows = cache[0][0].shape[2]
     longest, texts, logits = tokens.shape[-1], tokens.flatten(0, 1), []
     lengths = ((texts != w.padding) * torch.arange(1, longest + 1, device=texts.device)).amax(1)
     order = lengths.argsort()
@@ -237,7 +243,7 @@ def read_texts(w, pixels, tokens):
     seen = [zip(key[images].chunk(TEXT_GROUPS), value[images].chunk(TEXT_GROUPS)) for key, value in cache]
     for group, *cache in zip(order.chunk(TEXT_GROUPS), *seen):
         text = embed(w, texts[group, : lengths[group[-1]]])
-        mask = prefix_mask(image.shape[1], text.shape[1], image.device)[image.shape[1] :]
+        mask = prefix_mask(image_rows, text.shape[1], text.device)[image_rows:]
         states, _ = decode(w, text, mask, cache)
         logits.append(F.pad(linear(states, *w.lm_head), (0, 0, 0, longest - text.shape[1])))
     return torch.cat(logits)[order.argsort()].unflatten(0, tokens.shape[:2])

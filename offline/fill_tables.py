@@ -163,13 +163,14 @@ def fill_benchmarks(text):
 def fill_rounds(text):
     """One round of captions beside those of the model that ships: exact answers, and what is obeyed after PPO."""
     folders = PUBLISHED / "one_round", PUBLISHED / ROUNDS[-1]
-    exact = [percent(read_log(folder / "lora_log.csv")[-1]["exact_match"]) for folder in folders]
+    logs = [read_log(folder / "lora_log.csv")[-1] for folder in folders]
+    exact = {"exact answers to the plain question": "exact_match", "to questions about the scene": "exact_scene"}
     drives = read_json(folders[0] / "ppo.json")["obeyed"], read_json(BENCHMARKS / "obedience.json")["policy"]["rows"]
     groups = {name: group for group, name in obedience.GROUPS.items()}
 
     def cells(name):
-        if name.startswith("exact"):
-            return exact
+        if name in exact:
+            return [percent(log[exact[name]]) for log in logs]
         if name not in groups:
             return None
         return [percent(np.mean([x["obeyed"] for x in rows if x["group"] == groups[name]])) for rows in drives]

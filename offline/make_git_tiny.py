@@ -7,7 +7,7 @@ them it learns to say in the simplest words what somebody wants, by the taught p
 that is how the car drives: a model that has read a book knows that left is not right. What to do about it, it does not
 know.
 
-    python -m offline.make_git_tiny      # 20 to 40 minutes on two CPU cores, 3 on a GPU and 16 cores
+    python -m offline.make_git_tiny      # some 30 minutes on two CPU cores, 3 on a GPU and 16 cores
 
 The shipped one comes back with: git checkout offline/git-tiny
 """
@@ -305,8 +305,8 @@ def save(model, output, run, loss, validation_loss, accuracy):
         "shape": f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, patches of {PATCH_SIZE}, width {WIDTH}, {VISION_LAYERS} vision "
         f"and {TEXT_LAYERS} text layers, a WordPiece vocabulary of its own",
         "made": f"seed {SEED}, {TRAIN_FRAMES:,} frames of tracks from {TRAIN_TRACKS[0]:,}, {EPOCHS} epochs, "
-        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wish and {FITS} comparisons with one for each of the "
-        "last epoch",
+        f"{QUESTIONS_PER_FRAME} questions per frame, {WISHES} wishes and {FITS} comparisons with them for each of "
+        "the last epoch's",
         "loss": loss,
         "validation_loss": validation_loss,
     }
@@ -326,7 +326,7 @@ def main():
         teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
     )  # fmt: skip
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 20 to 40 minutes on two CPU cores with the default constants; "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, some 30 minutes on two CPU cores with the default constants; "
         f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)

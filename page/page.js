@@ -128,7 +128,7 @@ function showDrive(panel, drive) {
 
 function reply(message) {
   const question = document.createElement("dt"), answer = document.createElement("dd");
-  question.textContent = `${message.asked} (asked at speed ${document.querySelector(".speed").textContent})`;
+  question.textContent = message.asked + (message.speed === null ? "" : ` (asked at speed ${message.speed})`);
   answer.textContent = [message.reply, message.by && `(${message.by})`, message.note].filter(Boolean).join(" ");
   $("replies").prepend(question, answer);
   while ($("replies").children.length > 20) $("replies").lastElementChild.remove();
