@@ -2,12 +2,14 @@
 
 The pass is compared with its floating-point operations at the rate at which this core multiplies large matrices; a
 drawn frame with writing the pixels of the simulator's window once and reading them once, which drawing and narrowing
-cannot do without. Writes benchmarks/limits.json.
+cannot do without. And where does a drawn frame's time go? Writes benchmarks/limits.json.
 
     python -m benchmarks.limits      # a minute, on idle cores
 """
 
+import cProfile
 import itertools
+import pstats
 import time
 from pathlib import Path
 
@@ -29,6 +31,12 @@ REPEATS = 200
 MATRIX = 1024  # rows and columns
 FRAMES = 400  # of the teacher's drive
 TRACK = 1
+PARTS = {  # of a drawn frame, by the functions that do them, callees included
+    "road and grass": ("draw_polygons",),
+    "narrowing": ("<built-in method pygame.transform.smoothscale>",),
+    "car": ("_draw_car",),
+    "instruments": ("_render_indicators", "_score_text"),
+}
 OUTPUT = Path(__file__).with_suffix(".json")
 
 
@@ -81,14 +89,27 @@ def measure_frames():
         env, actions = car_racing_env.make_env(1, draw=draw), itertools.cycle(drive)
         env.reset(seed=TRACK)
         times[draw] = milliseconds(lambda env=env, actions=actions: env.step(next(actions)), FRAMES)
+        if draw:
+            parts = measure_parts(env, drive)
         env.close()
     taken = times[True] - times[False]
     return {
         "drawn frame": {
             "megabytes": round(window.nbytes / 1e6, 1), "ms": round(taken, 3), "limit_ms": round(limit, 3),
-            "times_the_limit": round(taken / limit, 2), "physics_ms": round(times[False], 3),
+            "times_the_limit": round(taken / limit, 2), "physics_ms": round(times[False], 3), "parts_ms": parts,
         }
     }  # fmt: skip
+
+
+def measure_parts(env, drive):
+    """Milliseconds a frame in each of PARTS, by a profiler, which slows the interpreter but not what is compiled."""
+    profile = cProfile.Profile()
+    profile.enable()
+    for action in drive:
+        env.step(action)
+    profile.disable()
+    spent = {name: facts[3] for (_, _, name), facts in pstats.Stats(profile).stats.items()}  # seconds, callees included
+    return {part: round(1e3 * sum(spent[name] for name in names) / len(drive), 3) for part, names in PARTS.items()}
 
 
 def main():

@@ -178,6 +178,16 @@ def fill_rounds(text):
     return fill("| one round and six |", cells, text)
 
 
+def fill_speed(text):
+    claims = read_json(BENCHMARKS / "results.json")
+
+    def ratio(name):
+        lowest, highest = claims[name]["ratio_range"]
+        return [f"{claims[name]['median_ratio']:.2f}", f"{lowest:.2f} to {highest:.2f}"]
+
+    return fill("| measured in turns |", ratio, text)
+
+
 def fill_page(text):
     rows = {
         str(row["sessions"]): [*map(str, row.values())][1:] for row in read_json(BENCHMARKS / "page.json")["together"]
@@ -216,7 +226,7 @@ def filled(text):
     """A page's text with its tables filled anew."""
     for fill_some in (
         fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_rounds,
-        fill_page, fill_runs, fill_scores_of_readme,
+        fill_speed, fill_page, fill_runs, fill_scores_of_readme,
     ):  # fmt: skip
         text = fill_some(text)
     return text
