@@ -147,9 +147,8 @@ def main():
         import envpool
     except ImportError:
         return
-    note = (
-        "EnvPool: C++, two threads, continuous actions, other pixels, every frame drawn; steering swings left and right"
-    )
+    note = f"EnvPool {envpool.__version__}: C++, two threads, continuous actions, other pixels, every frame drawn; "
+    note += "steering swings left and right"
     costs = alternate(two_of_envpool(envpool), ours)
     compare.record("frame, skip 2, two workers: ours vs EnvPool CarRacing-v3", "ms_per_frame", *costs, note=note)
 
