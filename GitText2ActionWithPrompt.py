@@ -56,14 +56,19 @@ def to_simulator(actions):
     return np.array(list(ANSWERS.values()))[actions.cpu().numpy()]
 
 
-def answer_of(action):
-    """The answer that the simulator's action `action` is, the first one if several are."""
-    return next(answer for answer, index in ANSWERS.items() if index == action)
+def answer_of(action, probabilities=None):
+    """The answer that the simulator's action `action` is; of several the most probable one, or without them the first.
+
+    `probabilities` are those of all answers in their order.
+    """
+    answers = [answer for answer, index in ANSWERS.items() if index == action]
+    return max(answers, key=dict(zip(ANSWERS, probabilities)).get) if probabilities else answers[0]
 
 
 def task():
     """What data, adapter and policy are made for; each stores it and is refused where it differs."""
-    return {"prompt": PROMPT, "answers": list(ANSWERS), "frame_skip": FRAME_SKIP}
+    answers = {"answers": list(ANSWERS), "actions": list(ANSWERS.values())}
+    return {"prompt": PROMPT, **answers, "frame_skip": FRAME_SKIP}
 
 
 def device():
@@ -265,8 +270,6 @@ class GitText2ActionWithPrompt(nn.Module):
         if self.trains_lora:
             weights = git_forward.collect(self.base, self.processor.image_processor)
             state = self.read(weights, frames, instructions)[:, 0]
-        elif state is None:
-            state = self.read(self.weights, frames, instructions)[:, 0]
         return state  # another input of the heads is joined here; feature_size counts it
 
     @torch.no_grad()

@@ -107,5 +107,11 @@ class Collator:
             texts.append((prompt, model_file.ending_ids(tokenizer, answer)))
         pixels = model_file.resize(np.stack(frames), self.processor.image_processor)
         tokens, labels = git_forward.pad_texts(texts, tokenizer.pad_token_id)
+        if tokens.shape[1] > tokenizer.model_max_length:
+            longest = tokenizer.decode(max((prompt + ending for prompt, ending in texts), key=len))
+            raise checks.BadInput(
+                f"{longest!r} has {tokens.shape[1]} tokens, this base takes {tokenizer.model_max_length}: say it in "
+                "fewer words (instructions.py, questions.py), or train a git-tiny that knows them"
+            )
         texts = {"input_ids": tokens, "labels": labels}
         return {"pixel_values": pixels} | {name: x.unflatten(0, (len(rows), -1)) for name, x in texts.items()}

@@ -42,7 +42,7 @@ class Rewards:
     progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
     facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
     # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does, and none left
-    # behind costs; being off the side asked for costs; both are per decision, for errors from 0 to 1
+    # behind costs; being off the side asked for costs; both are per two frames, for errors from 0 to 1
     speed_kept: float = 2.4
     side_left: float = 3.0
 
@@ -139,11 +139,12 @@ class TrainingRewards(gym.Wrapper):
         """What progress along the road pays, and how well the target is kept."""
         road, before = self.get_wrapper_attr("road"), self.travelled
         self.travelled = road.travelled
-        progress = float(np.clip(road.travelled - before, -2.0, 2.0))
-        reward = self.rewards.progress * progress - self.rewards.side_left * target.side_error(road.offset)
+        limit = float(self.frame_skip)  # tiles: faster than any car
+        progress, pairs = float(np.clip(road.travelled - before, -limit, limit)), self.frame_skip / 2
+        reward = self.rewards.progress * progress - pairs * self.rewards.side_left * target.side_error(road.offset)
         if target.speed is not None:  # the speed along the road: neither standing nor going the wrong way pays
             speed = progress * stock.TRACK_DETAIL_STEP * FPS / self.frame_skip
-            reward += self.rewards.speed_kept * (1 - target.speed_error(speed))
+            reward += pairs * self.rewards.speed_kept * (1 - target.speed_error(speed))
         return reward
 
     def _pay_for_turning(self, thrown):

@@ -201,6 +201,7 @@ def main():
     began = time.time()
     if ANSWER_BY not in ("teacher", "policy"):
         raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
+    instructions.check_splits()
     output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     load_drivers(POLICY)  # what is missing fails here, not in a worker
     facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER), "instructions": instructions.digest()}
@@ -208,8 +209,8 @@ def main():
     facts |= {f"driver_{path.stem}_hash": run_files.file_hash(path) for path in weights}
     run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
     print(
-        f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/ (the "
-        f"shipped sample comes back with: git checkout {OUTPUT_DIR}), 2 to 6 minutes for 47,000 on two CPU cores"
+        f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/, 2 to "
+        "6 minutes for 47,000 of the teacher's on two CPU cores; the shipped sample: git checkout CarRacing-Data"
     )
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -124,7 +124,8 @@ class Drive(film.Drive):
         if self.end:
             return
         action, answer, probabilities = self.decide()
-        self.facts = {"answer": answer, "action": answer_of(action), "probabilities": probabilities}
+        self.facts = {"answer": answer, "action": answer_of(action, probabilities), "probabilities": probabilities}
+        self.facts["differs"] = answer is not None and ANSWERS.get(answer) != action
         self.step(action)
 
     def show(self, attention):

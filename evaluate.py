@@ -211,6 +211,17 @@ def score(driver, tracks):
     return summarize(evaluate(driver, tracks))
 
 
+def describe(name, tracks):
+    """What a measurement notes of a driver of DRIVERS and of its tracks: a dict; a base has no hash."""
+    facts = {"tracks": [tracks[0], tracks[-1]]}
+    if name in WEIGHTS:
+        weights = Path(WEIGHTS[name])
+        facts["folder"] = str(weights.parent)
+        if (ROOT / weights).exists():
+            facts["weights_hash"] = run_files.file_hash(ROOT / weights)
+    return facts | run_files.run_facts()
+
+
 def main():
     began = time.time()
     torch.set_num_threads(TORCH_THREADS)
@@ -225,13 +236,7 @@ def main():
         "instruction": INSTRUCTION,
         "env_id": ENV_ID,
         "frame_skip": FRAME_SKIP,
-        "tracks": [tracks[0], tracks[-1]],
-    }
-    if DRIVER in WEIGHTS:
-        weights = Path(WEIGHTS[DRIVER])
-        facts["folder"] = str(weights.parent)
-        if (ROOT / weights).exists():  # a base has none of its own
-            facts["weights_hash"] = run_files.file_hash(ROOT / weights)
+    } | describe(DRIVER, tracks)
     print(f"{DRIVER} drives tracks {FIRST_TRACK} to {tracks[-1]} of {ENV_ID}, some 2 seconds each on two CPU cores")
     results = evaluate(driver, tracks)
     summary = summarize(results)
@@ -241,7 +246,7 @@ def main():
         "returns": [round(r["return"], 2) for r in results],
         "ends": [r["end"] for r in results],
     }
-    facts |= summary | run_files.run_facts() | {"seconds": round(time.time() - began, 1)} | lists
+    facts |= summary | {"seconds": round(time.time() - began, 1)} | lists
     name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"[a-z0-9]+", INSTRUCTION.lower())])
     run_files.write_json(results_dir / f"eval_{name}.json", facts)
     print("{mean:.1f} ± {std:.1f}, min {min:.0f}, {laps_finished_percent:.0f} % laps".format(**summary))
@@ -251,7 +256,7 @@ def main():
         print(f"wrote {RESULTS_DIR}/video_{name}.mp4")
     if WATCH:
         film.watch(driver, tracks[0], HEAT_MAP)
-    print("next: another DRIVER or FIRST_TRACK here, or a policy as DRIVER in collect_captions.py")
+    print("next: another DRIVER or FIRST_TRACK here, or a policy as POLICY in collect_captions.py")
 
 
 if __name__ == "__main__":

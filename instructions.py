@@ -20,8 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 import questions
+from support.checks import BadInput
 
 SIDE = 3.2  # units from the middle of the road; its edges are at 6.7
+SPEED_SCALE = 50.0  # units per second that the teacher reads as 1
 TARGET_SIZE = 5
 
 # when an instruction counts as obeyed
@@ -45,7 +47,7 @@ class Target:
         """What the teacher reads beside the state, float32 (TARGET_SIZE,)."""
         speed, side = self.speed, self.side
         return np.array(
-            [speed is not None, (speed or 0.0) / 50, speed == 0, side is not None, (side or 0.0) / SIDE],
+            [speed is not None, (speed or 0.0) / SPEED_SCALE, speed == 0, side is not None, (side or 0.0) / SIDE],
             dtype=np.float32,
         )
 
@@ -316,7 +318,8 @@ HELD_OUT_WORDINGS = sentences("""
 """)
 
 
-KINDS = [name for name in INSTRUCTIONS if not name.startswith("speed ")] + ["speed", "combination", "garbled"]
+SPEED_NAMES = {f"speed {word}" for word in SPEEDS | HELD_OUT_SPEEDS}
+KINDS = [name for name in INSTRUCTIONS if name not in SPEED_NAMES] + ["speed", "combination", "garbled"]
 
 
 def kind(name):
@@ -324,7 +327,7 @@ def kind(name):
 
     That of nothing is "".
     """
-    if name.startswith("speed ") and name in INSTRUCTIONS:
+    if name in SPEED_NAMES:
         return "speed"
     return name if name in INSTRUCTIONS or name in ("", "garbled") else "combination"
 
@@ -472,6 +475,16 @@ def held_out_sentences():
     return {without_marks(sentence) for sentence in said | set(HELD_OUT_WORDINGS)}
 
 
+def check_splits():
+    """Raise BadInput if a held-out sentence is a taught one, or is but for small words, which `varied` adds."""
+
+    def told_apart(sentences):
+        return {" ".join(word for word in said.split() if word not in SMALL_WORDS) for said in sentences}
+
+    if both := told_apart(held_out_sentences()) & told_apart(map(without_marks, taught_sentences())):
+        raise BadInput(f"instructions.py teaches {min(both)!r} and holds it out: keep one of the two")
+
+
 def without_marks(sentence):
     """Its words in lower case, numbers among them."""
     return " ".join(re.findall(r"[a-z-]+", questions.spelled(sentence.lower())))
@@ -487,7 +500,7 @@ def is_held_out(name, sentence):
 def digest():
     """A short hash of phrasings, targets and shares, by which a run says which instructions it had.
 
-    SMALL_WORDS and the two questions about an instruction are not in it.
+    Held-out sentences, SMALL_WORDS and the two questions about an instruction are not in it.
     """
     said = {name: (i.target.speed, i.target.side, i.taught, i.share) for name, i in INSTRUCTIONS.items()}
     said |= {

@@ -56,7 +56,7 @@ GAE_LAMBDA = 0.95
 CLIP = 0.2
 ENTROPY_COEF = 0.0
 KL_COEF = 0.01  # pull towards the prior: the model's answers, or with LANGUAGE_PRIOR = 0 an even spread
-VALUE_COEF = 0.5
+VALUE_COEF = 0.5  # with TRAIN_LORA; frozen features are not shared, and VALUE_LEARNING_RATE decides
 MAX_GRAD_NORM = 0.5
 AVERAGE = 0.9  # decay per update of the averaged weights, which are evaluated and kept
 NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted return

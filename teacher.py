@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from car_racing_env import FRAME_SKIP, make_env
-from instructions import RACE, SIDE, TARGET_SIZE, Target
+from instructions import RACE, SIDE, SPEED_SCALE, TARGET_SIZE, Target
 from road import STATE_SIZE, encode_state, read_state
 from support.checks import BadInput, read_weights
 from support.run_files import ROOT
@@ -58,9 +58,9 @@ class Teacher(nn.Module):
     Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A
     policy that races already takes millions of decisions to find out that it could be slow. Told no speed it is held to
     RACE_LIMIT, told a side to CRUISE; it gives gas when it stands, and does not brake while it faces the wrong way: it
-    would stand there for good, steering. Told a side another governor steers at a point of it two tiles ahead (pure
-    pursuit, Coulter 1992, CMU-RI-TR-92-01): the net alone swings around the middle of the road, within a third of its
-    width three quarters of the time.
+    would stand there for good, steering. Told a side another governor steers at a point of it two to three tiles ahead
+    (pure pursuit, Coulter 1992, CMU-RI-TR-92-01): the net alone swings around the middle of the road, within a third of
+    its width three quarters of the time.
     """
 
     def __init__(self):
@@ -70,7 +70,7 @@ class Teacher(nn.Module):
     def forward(self, state_and_target):
         car, target = read_state(state_and_target), state_and_target[:, STATE_SIZE:]
         has_speed, speed, stop, has_side, side = target.T  # as Target.encode says
-        limit = torch.where(has_speed > 0, 50 * speed, torch.where(has_side > 0, CRUISE, RACE_LIMIT))
+        limit = torch.where(has_speed > 0, SPEED_SCALE * speed, torch.where(has_side > 0, CRUISE, RACE_LIMIT))
         excess = car.forward - limit
         push = -torch.tanh(0.4 * excess) * (1 - stop)
         push = torch.where(has_speed > 0, push, push.clamp(max=0))  # told no speed it is held back only, not driven

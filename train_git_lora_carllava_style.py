@@ -141,6 +141,9 @@ def load_data():
     for folder in folders:
         task = checks.read_json(folder / checkpoints.TASK_FILE, "run collect_captions.py first")
         checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
+        labelled = checks.read_json(folder / "run.json", "run collect_captions.py first").get("inputs", {})
+        said = {"instructions": instructions.digest()}
+        checks.check_same(f"{folder}/", labelled, said, "put instructions.py back, or rerun collect_captions.py")
     train = Captions(*(folder / "train" for folder in folders))
     validation = Captions(ROOT / DATA_DIR / "validation")
     if len(train) < max(MIN_FRAMES, BATCH_SIZE):
@@ -213,6 +216,7 @@ def main():
         git = checkpoints.attach_adapter(git, ROOT / ADAPTER, trainable=True)
     else:
         git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
+    checkpoints.check_lora(git)
     data_hash = " ".join(map(run_files.file_hash, metadata_files()))
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
     inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}

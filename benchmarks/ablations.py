@@ -1,20 +1,19 @@
 """Which part does it? Whole PPO runs with one thing changed, scored on the validation tracks.
 
 Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at
-will. At the end it prints `table()`. The frames, the discount per frame and the frames per update are the same in every
-run. In first_model/ are those of 150,000 frames on the first model, whose last weights were scored, not their average.
+will. At the end it prints `table()`. The discount per frame and the frames per update are the same in every run, and
+the frames in all but "half as many frames". In first_model/ are runs of 150,000 frames on the first model, whose last
+weights were scored, not their average.
 
     python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 90 to 110
 """
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
-import numpy as np
-
 import ppo_git_with_prompt as ppo
+import train_git_lora_carllava_style as stage2
 from benchmarks import runs
 from car_racing_env import FRAME_SKIP, REWARDS
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
@@ -30,7 +29,7 @@ CHANGES = {  # name: what `run` changes
     "no clipped rewards": {"rewards": {"clip": 1e9}},
     "K_EPOCHS = 1": {"train": {"k_epochs": 1}},
     "LANGUAGE_PRIOR = 0": {"head": {"language_prior": 0.0}},
-    "base without the adapter, LANGUAGE_PRIOR = 0": {"model": "offline/git-tiny", "head": {"language_prior": 0.0}},
+    "base without the adapter, LANGUAGE_PRIOR = 0": {"model": stage2.BASE_MODEL, "head": {"language_prior": 0.0}},
     "half as many frames": {"share": 0.5},
     "penalties from the start": {"rewards": {"penalty_ramp": 0.0}},
     "FRAME_SKIP = 1": {"frame_skip": 1},  # the adapter was taught at 2
@@ -58,11 +57,7 @@ def run(changes, seed):
 
 def table(folder=OUTPUT):
     """The runs in `folder` as a Markdown table, and for each seed the difference to "as it is"."""
-    found = {name: {} for name in CHANGES}
-    for name in CHANGES:
-        for path in folder.glob(f"{name}_seed*.json"):
-            row = json.loads(path.read_text())
-            found[name][row["seed"]] = row
+    found = {name: runs.load(folder, name) for name in CHANGES}
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     lines = [
         f"| change | {seeds} | mean ± std over seeds | difference from as it is, each seed |",
@@ -73,10 +68,9 @@ def table(folder=OUTPUT):
             continue
         each = [f"{rows[seed]['mean']:.1f} ± {rows[seed]['std']:.1f}" if seed in rows else "" for seed in SEEDS]
         means = [row["mean"] for row in rows.values()]
-        over_seeds = f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(rows) > 1 else "one seed"
         both = [seed for seed in SEEDS if seed in rows and seed in found["as it is"] and name != "as it is"]
         minus = ", ".join(f"{rows[seed]['mean'] - found['as it is'][seed]['mean']:+.1f}" for seed in both)
-        lines.append(f"| {name} | {' | '.join(each)} | {over_seeds} | {minus} |")
+        lines.append(f"| {name} | {' | '.join(each)} | {runs.over_seeds(means)} | {minus} |")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ import evaluate
 import instructions
 import ppo_git_with_prompt as ppo
 import train_git_lora_carllava_style as stage2
-from benchmarks import drives, obedience, runs, seeds
+from benchmarks import obedience, runs, seeds
 from captions import Collator, draw_texts, draw_told
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, device
@@ -43,7 +43,7 @@ from support import checks, plots, run_files
 from support.checkpoints import load_base
 from support.plots import plt
 
-BASE = "offline/git-tiny"
+BASE = stage2.BASE_MODEL
 EPOCHS = 2
 BATCH_SIZE = 128
 LEARNING_RATE = 5e-4  # peak of a one-cycle schedule
@@ -191,15 +191,14 @@ def imitate(arm, data):
 
 def obeyed(driver, arm):
     """Rows of what is obeyed when it is said, in sentences or in numbers, which have no phrasings."""
-    rows, tracks = [], obedience.TRACKS
-    for group in ("taught", "new") if arm == "numbers" else ("taught", "held_out", "new"):
-        for name in obedience.CASES[group]:
-            said = obedience.sentences(name, group, len(tracks))
-            if arm == "numbers":
-                said = in_numbers(instructions.target(name))
-            results = drives.drive(driver, tracks, obedience.WHEN + obedience.TOLD, {obedience.WHEN: said})
-            rows.append(obedience.measure(results, name, group))
-    return rows
+
+    def say(name, group):
+        if arm == "numbers":
+            return in_numbers(instructions.target(name))
+        return obedience.sentences(name, group, len(obedience.TRACKS))
+
+    groups = ("taught", "new") if arm == "numbers" else ("taught", "held_out", "new")
+    return obedience.measure_groups(driver, groups, say)
 
 
 def run(arm, seed):
@@ -222,19 +221,18 @@ def run(arm, seed):
 
 
 def load_runs(folder=OUTPUT):
-    """Rows of the runs that are there, by arm; those of the adapter that ships under "the adapter that ships"."""
-    found = {arm: [checks.read_json(path) for path in sorted(folder.glob(f"{arm}_seed*.json"))] for arm in COLORS}
-    found["the adapter that ships"] = [row for seed, row in seeds.load().items() if seed in SEEDS]
+    """Runs that are there, by arm and seed; those of the adapter that ships under "the adapter that ships"."""
+    found = {arm: runs.load(folder, arm) for arm in COLORS}
+    found["the adapter that ships"] = {seed: row for seed, row in seeds.load().items() if seed in SEEDS}
     return {arm: rows for arm, rows in found.items() if rows}
 
 
 def minus_words(rows, words):
     """Mean difference of the returns from those of the arm `words`, and its interval, over the seeds that both have."""
-    ours, theirs = ({row["seed"]: row["returns"] for row in each} for each in (rows, words))
-    both = ours.keys() & theirs.keys()
+    both = sorted(rows.keys() & words.keys())
     if rows is words or not both:
         return ""
-    difference = np.array([np.subtract(ours[seed], theirs[seed]) for seed in sorted(both)])
+    difference = np.array([np.subtract(rows[seed]["returns"], words[seed]["returns"]) for seed in both])
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean(), *seeds.interval(difference))
 
 
@@ -244,13 +242,14 @@ def table(found):
     heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "minus words (95 %)", "laps"]
     heads += groups.values()
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for arm, rows in found.items():
+    for arm, by_seed in found.items():
+        rows = [*by_seed.values()]
         before = [row["before_ppo"]["mean"] for row in rows if "before_ppo" in row]
         means = [row["mean"] for row in rows]
         cells = [arm, f"{np.mean(before):.1f}" if before else ""]
-        cells.append(f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(rows) > 1 else "one seed")
+        cells.append(runs.over_seeds(means))
         cells.append(", ".join(f"{mean:.1f}" for mean in means))
-        cells.append(minus_words(rows, found.get("words", [])))
+        cells.append(minus_words(by_seed, found.get("words", {})))
         cells.append(f"{np.mean([row['laps_finished_percent'] for row in rows]):.0f} %")
         told = [row["obeyed"] for row in rows if "obeyed" in row]
         shares = [[x["obeyed"] for rows in told for x in rows if x["group"] == group] for group in groups]
@@ -262,7 +261,8 @@ def table(found):
 def draw(found, path):
     """Return while PPO trains: each arm a line, the mean of its seeds, between the lowest and the highest of them."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for arm, rows in found.items():
+    for arm, by_seed in found.items():
+        rows = [*by_seed.values()]
         x = [point["frames"] / 1000 for point in rows[0]["curve"]]
         y = np.array([[point["mean"] for point in row["curve"]] for row in rows])
         axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm}, seeds: {len(rows)}")

@@ -103,6 +103,7 @@ def measure_frames():
 
 def measure_parts(env, drive):
     """Milliseconds a frame in each of PARTS, by a profiler, which slows the interpreter but not what is compiled."""
+    env.reset(seed=TRACK)
     profile = cProfile.Profile()
     profile.enable()
     for action in drive:

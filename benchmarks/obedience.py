@@ -102,6 +102,21 @@ def measure(results, name, group):
     return row | means(results, judged_from(target, WHEN))
 
 
+def measure_groups(driver, groups, say):
+    """A row for each case of `groups`; `say(name, group)` is what the driver is told, but in the group "nothing"."""
+
+    def drive(says):
+        return drives.drive(driver, TRACKS, WHEN + TOLD, says)
+
+    rows, told_nothing = [], drive({}) if "nothing" in groups else None
+    cases = [(group, name) for group in groups for name in CASES[group]]
+    for group, name in tqdm(cases):
+        results = told_nothing if group == "nothing" else drive({WHEN: say(name, group)})
+        rows.append(measure(results, name, group))
+        tqdm.write(str(rows[-1]))
+    return rows
+
+
 def means(results, start):
     """Mean speed and offset from decision `start` on."""
     driving = results["driving"][start:]
@@ -167,30 +182,21 @@ def draw(measured, path):
 
 
 def main():
-    began = time.time()
+    began, facts = time.time(), evaluate.describe(DRIVER, TRACKS)
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    driver, rows = evaluate.DRIVERS[DRIVER](), []
-    reads = DRIVER != "teacher"  # it knows targets, no phrasings
-    told_nothing = drives.drive(driver, TRACKS, WHEN + TOLD, {})
+    driver, reads = evaluate.DRIVERS[DRIVER](), DRIVER != "teacher"  # it knows targets, no phrasings
 
     def say(name, group="taught"):
         return sentences(name, group, len(TRACKS)) if reads else instructions.target(name)
 
     groups = [group for group in CASES if reads or group != "held_out"]
-    cases = [(group, name) for group in groups for name in CASES[group]]
-    for group, name in tqdm(cases):
-        results = told_nothing
-        if group != "nothing":
-            results = drives.drive(driver, TRACKS, WHEN + TOLD, {WHEN: say(name, group)})
-        rows.append(measure(results, name, group))
-        tqdm.write(str(rows[-1]))
+    rows = measure_groups(driver, groups, say)
     rows.append(measure_change(driver, say("stop"), say("race")))
     rows += [measure_contradiction(driver, names) for names in CONTRADICTIONS if reads]
     for group in [*groups, "changed"]:
         print(f"{group}: {np.mean([row['obeyed'] for row in rows if row['group'] == group]):.1%} obeyed")
     measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
-    facts = {"tracks": [TRACKS[0], TRACKS[-1]]} | run_files.run_facts() | {"seconds": round(time.time() - began)}
-    measured |= {DRIVER: {"rows": rows} | facts}
+    measured[DRIVER] = {"rows": rows} | facts | {"seconds": round(time.time() - began)}
     run_files.write_json(OUTPUT, measured)
     draw(measured, OUTPUT.with_suffix(".png"))
 

@@ -4,7 +4,7 @@ Visitors without a page: each sees every picture at once. Pictures per second, C
 2 and 4 of them; from "say" to the first picture of a decision under the new sentence; then an hour in which they come
 and go. Writes benchmarks/page.json.
 
-    python -m benchmarks.page      # an hour and two minutes; SOAK = 60 for a look
+    python -m benchmarks.page      # an hour and five minutes; SOAK = 60 for a look
 """
 
 import contextlib
@@ -112,11 +112,13 @@ def main():
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(port,), daemon=True)
     server.start()
     address = f"127.0.0.1:{port}"
-    while True:
+    while server.is_alive():
         with contextlib.suppress(OSError):
             visit(address, time.monotonic() + 3)
             break
         time.sleep(0.5)
+    else:
+        raise checks.BadInput("the page's server ended, see above")
     threads = resources(server.pid)[2]
     rows = [together(address, server.pid, count) for count in SESSIONS]
     said = [f"{'Keep left' if i % 2 else 'Drive slowly'}, {i}." for i in range(SENTENCES)]

@@ -62,9 +62,8 @@ def main():
     torch.set_num_threads(evaluate.TORCH_THREADS)
     measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
     for name in DRIVERS:
-        began, driver = time.time(), evaluate.DRIVERS[name]()
-        part = measure(driver) | {"tracks": [TRACKS[0], TRACKS[-1]]} | run_files.run_facts()
-        measured[name] = part | {"seconds": round(time.time() - began)}
+        began, facts = time.time(), evaluate.describe(name, TRACKS)
+        measured[name] = measure(evaluate.DRIVERS[name]()) | facts | {"seconds": round(time.time() - began)}
         run_files.write_json(OUTPUT, measured)
 
 

@@ -51,7 +51,7 @@ def came_back(results):
 
 
 def main():
-    began = time.time()
+    began, facts = time.time(), evaluate.describe(DRIVER, TRACKS)
     torch.set_num_threads(evaluate.TORCH_THREADS)
     driver, rng = evaluate.DRIVERS[DRIVER](), np.random.default_rng(0)
     angles, back, by_short_cut, rolled, still = [], [], [], [], []
@@ -76,8 +76,7 @@ def main():
         row[f"{low}-{high} degrees"] = {"drives": int(group.sum())} | shares
         print(f"{low}-{high} degrees, {group.sum()} drives: {shares}")
     measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
-    facts = run_files.run_facts() | {"seconds": round(time.time() - began)}
-    run_files.write_json(OUTPUT, measured | {DRIVER: row | facts})
+    run_files.write_json(OUTPUT, measured | {DRIVER: row | facts | {"seconds": round(time.time() - began)}})
 
 
 if __name__ == "__main__":

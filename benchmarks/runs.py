@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from car_racing_env import FRAME_SKIP
 from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
+MODULES = (ppo, model_file, car_racing_env)  # whose constants a run notes
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -43,19 +45,39 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
                 curve.append({"frames": number * frames_per_update} | evaluate.summarize(scores))
     facts = {"seed": seed, **schedule, "frames": updates * frames_per_update, "curve": curve}
     facts |= {"model": averaged.source, "instructions": instructions.digest()}
-    facts["constants"] = run_files.constants_of(vars(ppo), vars(model_file), vars(car_racing_env))
+    facts["constants"] = run_files.constants_of(*map(vars, MODULES))
     facts |= final_score(driver, tracks, frame_skip=frame_skip)
     return facts | {"seconds": round(time.time() - began)}, driver
 
 
 def once(path, run):
-    """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out."""
-    if not path.exists():
+    """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
+
+    Says which constants a run that is there had otherwise.
+    """
+    if path.exists():
+        made, now = checks.read_json(path).get("constants", {}), run_files.constants_of(*map(vars, MODULES))
+        now = [(name, x, made[file].get(name, x)) for file in now.keys() & made for name, x in now[file].items()]
+        other = sorted(name for name, x, before in now if x != before and name not in ppo.MAY_CHANGE)
+        if other:
+            print(f"{path.stem} was run with another {', '.join(other)}: move it away to run it anew")
+    else:
         print(path.stem, flush=True)
         try:
             run_files.write_json(path, run())
         except checks.BadInput as error:
             print(f"{path.stem} is left out: {error}", flush=True)
+
+
+def load(folder, name):
+    """The runs `<name>_seed<n>.json` that are there, by seed."""
+    found = [checks.read_json(path) for path in folder.glob(f"{name}_seed*.json")]
+    return {row["seed"]: row for row in sorted(found, key=lambda row: row["seed"])}
+
+
+def over_seeds(means):
+    """Mean ± std of several seeds' means, as text."""
+    return f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else "one seed"
 
 
 def final_score(driver, tracks, **how):

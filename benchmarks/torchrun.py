@@ -1,7 +1,8 @@
 """The default run's frames by several processes: how fast, and how good is the policy?
 
 Each process brings NUM_ENVS environments of its own, so an update has as many times the frames and there are as many
-times fewer of them; nothing else changes. Writes a row of benchmarks/torchrun.json, for as many processes as there are.
+times fewer of them, three of which still only warm the value up. Writes a row of benchmarks/torchrun.json, under the
+number of processes.
 
     torchrun --standalone --nproc_per_node=2 -m benchmarks.torchrun      # 15 minutes on two CPU cores
 """
@@ -44,8 +45,10 @@ def main():
     averaged, history = train(rank, updates)
     if rank == 0:
         speeds = [FRAME_SKIP * diagnostics["decisions_per_second"] for diagnostics in history]
-        facts = {"updates": updates, "frames": updates * world_size * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP}
-        facts |= {"frames_per_second": round(float(np.median(speeds)), 1)}
+        frames = updates * world_size * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP
+        facts = {"seed": ppo.SEED, "model": averaged.source, "updates": updates, "frames": frames}
+        facts["frames_per_second"] = round(float(np.median(speeds)), 1)
+        facts["constants"] = run_files.constants_of(*map(vars, runs.MODULES))
         facts |= runs.final_score(evaluate.Policy(averaged), TRACKS)
         rows = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
         run_files.write_json(OUTPUT, rows | {str(world_size): facts})

@@ -120,7 +120,10 @@ def collect(git, image_processor):
 
 
 def prepare(git, image_processor, onednn=ONEDNN):
-    """Detached `Weights` of a model that is not trained, their matrices in oneDNN's own order where that is faster."""
+    """`Weights` of a model that is not trained, its matrices in oneDNN's own order where that is faster.
+
+    Some are copies, some the model's own: prepare them again whenever it has changed.
+    """
     with torch.no_grad():
         weights = collect(git, image_processor)
         if not (onednn and weights.patch_positions.device.type == "cpu"):
@@ -275,7 +278,7 @@ def exactly_right(logits, labels):
 def train_by_this_pass(git, image_processor):
     """Make `git(pixel_values, input_ids, labels)` return `text_loss` by `read_texts`, unnoticed by PEFT.
 
-    `pixel_values` are from 0 to 255, as `read` wants them.
+    `pixel_values` are from 0 to 255, as `read` wants them. Nothing is dropped out, whatever the base's config says.
     """
 
     def forward(pixel_values, input_ids, labels):

@@ -214,9 +214,7 @@ def fill_runs(text):
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     found = controls.load_runs()
-    several = {"PPO": seeds.load()} | {
-        name: {row["seed"]: row for row in found.get(arm, [])} for name, arm in CONTROLS.items()
-    }
+    several = {"PPO": seeds.load()} | {name: found.get(arm, {}) for name, arm in CONTROLS.items()}
     text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
     text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
     return replace("## What words add", controls.table(found), text)

@@ -40,8 +40,7 @@ from support import cards, checks, processes, run_files
 from support.run_files import ROOT
 from teacher import TEACHER, PrivilegedState, load_teacher
 
-SHIPPED = "offline/git-tiny"  # in git, so it may be replaced
-OUTPUT_DIR = SHIPPED
+OUTPUT_DIR = "offline/git-tiny"
 STATE = ROOT / "offline" / "git_tiny_state.pt"  # not in git: from which an interrupted run goes on
 RESUME = False
 SEED = 0
@@ -89,46 +88,42 @@ def load_driver():
     return load_teacher()
 
 
-def drive(track_seed, keep, burst_start, burst_longest, stuck_limit, thrown, sped_up, told_share, change):
-    """One episode: frames uint8 (n, 96, 96, 3), a dict of answers for each, and its speed and offset."""
+def drive(track_seed):
+    """One episode: a list of frames uint8 (96, 96, 3), a dict of answers for each, and its speed and offset."""
     teacher, rng = load_driver(), np.random.default_rng([track_seed, 4])
-    env = Throws(car_racing_env.make_env(draw=False), thrown, thrown, sped_up)
-    env = car_racing_env.Instructed(env, functools.partial(draw_target, share=told_share), change)
-    env = PrivilegedState(RandomBursts(env, track_seed, burst_start, burst_longest))
+    env = Throws(car_racing_env.make_env(draw=False), THROWN, THROWN, SPED_UP)
+    env = car_racing_env.Instructed(env, functools.partial(draw_target, share=TOLD_SHARE), CHANGE)
+    env = PrivilegedState(RandomBursts(env, track_seed, BURST_START, BURST_LONGEST))
     _, info = env.reset(seed=track_seed)
     frames, answers, motion, end, stuck = [], [], [], "", 0
-    while not end and stuck < stuck_limit:
+    while not end and stuck < STUCK_LIMIT:
         target = env.get_wrapper_attr("told").target
         _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
         end = car_racing_env.episode_end(terminated, truncated, info)
         car = read_state(info["state"])
         stuck = 0 if car.wheels_on_road.any() else stuck + 1
-        if rng.random() < keep:
+        if rng.random() < KEEP:
             frames.append(env.unwrapped.draw())
             answers.append(describe(car, env.get_wrapper_attr("road")))
             motion.append((car.forward, car.offset))
-    return np.stack(frames or [env.unwrapped.draw()])[: len(answers)], answers, motion
+    return frames, answers, motion
 
 
 def collect(tracks, num_frames):
     """The first frames of `tracks`, uint8 (N, 96, 96, 3), a dict of answers for each, its speed and offset."""
     frames, answers, motion = [], [], []
-    job = functools.partial(
-        drive, keep=KEEP, burst_start=BURST_START, burst_longest=BURST_LONGEST, stuck_limit=STUCK_LIMIT, thrown=THROWN,
-        sped_up=SPED_UP, told_share=TOLD_SHARE, change=CHANGE,
-    )  # fmt: skip
     with (
         processes.workers(NUM_WORKERS) as run_jobs,
         tqdm(total=num_frames, unit="frame", mininterval=5) as bar,
     ):
-        for new_frames, new_answers, new_motion in run_jobs(job, tracks):
-            frames.append(new_frames)
+        for new_frames, new_answers, new_motion in run_jobs(drive, tracks):
+            frames.extend(new_frames)
             answers.extend(new_answers)
             motion.extend(new_motion)
             bar.update(len(new_answers))
             if len(answers) >= num_frames:
                 break
-    return np.concatenate(frames)[:num_frames], answers[:num_frames], motion[:num_frames]
+    return np.stack(frames[:num_frames]), answers[:num_frames], motion[:num_frames]
 
 
 def words_of(texts):
@@ -318,16 +313,14 @@ def save(model, output, run, loss, validation_loss, accuracy):
 def main():
     began = time.time()
     torch.manual_seed(SEED)
-    output = ROOT / OUTPUT_DIR
-    if OUTPUT_DIR != SHIPPED:
-        output = run_files.check_own(output, Path(__file__).name)
+    output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     run = run_files.describe_run(
         globals(), *map(vars, (model_file, car_racing_env, perturbations)),
         teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
     )  # fmt: skip
     print(
         f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, some 30 minutes on two CPU cores with the default constants; "
-        f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout {SHIPPED})"
+        f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout offline/git-tiny)"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)
     validation_frames, validation_answers, validation_motion = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)
@@ -344,6 +337,7 @@ def main():
     losses, scores = [], {}
     if RESUME:
         state = run_files.load_state(STATE)
+        run = run_files.continue_from(STATE, state["run"], run, {"RESUME"})
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first, losses, scores = state["step"], state["losses"], state["scores"]
@@ -362,6 +356,7 @@ def main():
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step + 1, "losses": losses, "scores": scores, "rng": torch.get_rng_state()}
+            state["run"] = run_files.until_now(run)
             run_files.save_state(STATE, state)
     save(model, output, run, **scores)
     STATE.unlink(missing_ok=True)

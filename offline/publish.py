@@ -16,11 +16,8 @@ RESULTS_DIR = "results"
 # of captions, after the first (docs/customise.md)
 ROUNDS = ("second_round", "third_round", "fourth_round", "fifth_round", "sixth_round")
 ROUND = ROUNDS[-1]  # its logs lie in a folder of RESULTS_DIR
-FILES = (
-    "run.json reward_log.csv update_log.csv eval_log.csv reward_curve.png ppo_losses.png ppo_diagnostics.png "
-    f"{ROUND}/lora_log.csv"
-).split()
-CONFUSION = ("lora_confusion.png", "lora_confusion.csv")  # of the last round, beside the run's own files
+FILES = ("run.json", "reward_log.csv", "update_log.csv", "eval_log.csv", f"{ROUND}/lora_log.csv")
+CONFUSION = "lora_confusion.csv"  # of the last round, beside the run's own files
 
 
 def made_by(run):
@@ -39,7 +36,7 @@ def main():
     results, published = ROOT / RESULTS_DIR, ROOT / "results" / "published"
     facts = checks.read_json(results / "policy" / "policy.json", "run the three stages")
     copies = {results / name: published / name for name in FILES}
-    copies |= {results / ROUND / name: published / name for name in CONFUSION}
+    copies[results / ROUND / CONFUSION] = published / CONFUSION
     copies[ROOT / facts["adapter"] / "run.json"] = published / ROUND / "lora_run.json"
     missing = [str(source) for source in copies if not source.exists()]
     if missing:

@@ -8,17 +8,16 @@ goes on.
 
 The actor sees the car, 12 tiles of road and a target: a speed, a side of the road, standing still, or none, when it
 races. Targets change while it drives, and now and then the car is thrown about, so that it learns to come back from
-anywhere. The critic alone also sees time, visited share and missed tiles. Each worker process rolls out its
-environments with its own copy of the policy, so that no step crosses a process border.
+anywhere. The actor-critic is asymmetric: the critic alone also sees time, visited share and missed tiles. Each worker
+process rolls out its environments with its own copy of the policy, so that no step crosses a process border.
 """
 
 import contextlib
 import dataclasses
 import functools
+import json
 import multiprocessing
-import time
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import car_racing_env
+import perturbations
 from instructions import TARGET_SIZE, draw_target
 from perturbations import RandomBursts, Throws
 from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
@@ -79,8 +79,8 @@ EVAL_EVERY = 20  # updates
 EVAL_TRACKS = range(100_000, 100_100)
 
 
-SEEN = STATE_SIZE + TARGET_SIZE  # by the actor
-KNOWN = 4  # numbers that only the critic sees
+ACTOR_SIZE = STATE_SIZE + TARGET_SIZE
+PRIVILEGED_SIZE = 4  # numbers that only the critic sees
 
 
 class Critic(nn.Module):
@@ -88,7 +88,7 @@ class Critic(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = mlp(SEEN + KNOWN, 1)
+        self.net = mlp(ACTOR_SIZE + PRIVILEGED_SIZE, 1)
 
     def forward(self, state):
         return self.net(state)[:, 0]
@@ -97,37 +97,21 @@ class Critic(nn.Module):
 # in a worker process
 
 
-class Settings(NamedTuple):
-    """What a worker's environments are made with, and how much of it."""
-
-    seed: int
-    num_envs: int
-    rewards: car_racing_env.Rewards
-    burst_start: float
-    burst_longest: int
-    targets: float
-    thrown_at_start: float
-    thrown: float
-    change: float
-
-
 @functools.cache
-def worker_envs(settings):
-    """This process's environments, made once, and what their critics see now, float32 (N, SEEN + KNOWN)."""
+def worker_envs(seed, num_envs):
+    """This process's environments, made once, and what their critics see now, (N, ACTOR_SIZE + PRIVILEGED_SIZE)."""
     torch.set_num_threads(1)
-    torch.manual_seed(settings.seed)
-    envs = []
-    for env_seed in range(1000 * settings.seed, 1000 * settings.seed + settings.num_envs):
-        env = car_racing_env.Instructed(
-            Throws(car_racing_env.make_env(draw=False)), functools.partial(draw_target, share=0.0), settings.change
-        )
-        env = car_racing_env.TrainingRewards(env, env_seed, settings.rewards)
-        envs.append(PrivilegedState(RandomBursts(env, env_seed, settings.burst_start, settings.burst_longest)))
+    torch.manual_seed(seed)
+    envs, draw = [], functools.partial(draw_target, share=0.0)
+    for env_seed in range(1000 * seed, 1000 * seed + num_envs):
+        env = car_racing_env.Instructed(Throws(car_racing_env.make_env(draw=False)), draw, CHANGE)
+        env = car_racing_env.TrainingRewards(env, env_seed, REWARDS)
+        envs.append(PrivilegedState(RandomBursts(env, env_seed, BURST_START, BURST_LONGEST)))
     return envs, np.stack([critic_state(env, env.reset()[1]) for env in envs])
 
 
 def critic_state(env, info):
-    """What the critic sees, float32 (SEEN + KNOWN,): state, target and what only the critic may know."""
+    """State, target and what only the critic may know, float32 (ACTOR_SIZE + PRIVILEGED_SIZE,)."""
     base, missed, told = (env.unwrapped, *map(env.get_wrapper_attr, ("missed_tiles", "told")))
     known = [base.t * 0.05, base.tile_visited_count / len(base.track), min(missed, 5) / 5]
     known.append(env.get_wrapper_attr("grass_frames") / REWARDS.grass_limit)
@@ -135,27 +119,26 @@ def critic_state(env, info):
 
 
 @torch.no_grad()
-def rollout(settings, num_steps, weights, difficulty, noise):
+def rollout(seed, num_envs, num_steps, weights, difficulty, remaining):
     """`num_steps` decisions in each environment of this process, with the `weights` of actor and critic.
 
-    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them, `noise` the random bursts. Returns
-    a dict of arrays (T, N, ...) and the finished episodes.
+    From 0 to 1, `difficulty` scales targets, throws and what rewards give for them; `remaining`, the share of the run
+    that is left, the random bursts. Returns a dict of arrays (T, N, ...) and the finished episodes.
     """
-    envs, states = worker_envs(settings)
-    num_envs = len(envs)
-    rewards, easy = settings.rewards, car_racing_env.REWARDS
+    envs, states = worker_envs(seed, num_envs)
+    easy = car_racing_env.REWARDS.grass_limit
     rewards = dataclasses.replace(
-        rewards,
-        progress=difficulty * rewards.progress,
-        facing=difficulty * rewards.facing,
-        grass_limit=round(easy.grass_limit + difficulty * (rewards.grass_limit - easy.grass_limit)),
+        REWARDS,
+        progress=difficulty * REWARDS.progress,
+        facing=difficulty * REWARDS.facing,
+        grass_limit=round(easy + difficulty * (REWARDS.grass_limit - easy)),
     )
     for env in envs:
         env.set_wrapper_attr("rewards", rewards)
-        env.set_wrapper_attr("draw_instruction", functools.partial(draw_target, share=difficulty * settings.targets))
-        env.set_wrapper_attr("at_start", difficulty * settings.thrown_at_start)
-        env.set_wrapper_attr("chance", difficulty * settings.thrown)
-        env.set_wrapper_attr("start", noise * settings.burst_start)
+        env.set_wrapper_attr("draw_instruction", functools.partial(draw_target, share=difficulty * TARGETS))
+        env.set_wrapper_attr("at_start", difficulty * THROWN_AT_START)
+        env.set_wrapper_attr("chance", difficulty * THROWN)
+        env.set_wrapper_attr("start", remaining * BURST_START)
     actor, critic = Teacher(), Critic()
     actor.load_state_dict(weights[0])
     critic.load_state_dict(weights[1])
@@ -166,7 +149,7 @@ def rollout(settings, num_steps, weights, difficulty, noise):
     episodes = []
     for t in range(num_steps):
         state = torch.from_numpy(states.copy())
-        log_probs = actor(state[:, :SEEN]).log_softmax(-1)
+        log_probs = actor(state[:, :ACTOR_SIZE]).log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)
         data["state"][t], data["action"][t], data["value"][t] = state, action[:, 0], critic(state)
         data["log_prob"][t] = log_probs.gather(1, action)[:, 0]
@@ -218,10 +201,7 @@ def make_workers(stack, first_update):
     for rank in range(NUM_WORKERS):
         pool = stack.enter_context(ProcessPoolExecutor(1, context, processes.start_worker))
         seed = 1000 * (SEED + 7919 * (first_update - 1)) + rank  # a resumed run starts new episodes
-        settings = Settings(
-            seed, ENVS_PER_WORKER, REWARDS, BURST_START, BURST_LONGEST, TARGETS, THROWN_AT_START, THROWN, CHANGE
-        )
-        workers.append((pool, functools.partial(rollout, settings, NUM_STEPS)))
+        workers.append((pool, functools.partial(rollout, seed, ENVS_PER_WORKER, NUM_STEPS)))
     return workers
 
 
@@ -230,10 +210,10 @@ def copy_weights(module):
     return {name: p.clone() for name, p in module.state_dict().items()}
 
 
-def collect(workers, actor, critic, difficulty, noise):
+def collect(workers, actor, critic, difficulty, remaining):
     """Everyone's rollout: a dict of tensors (T, N, ...), and the finished episodes."""
     weights = copy_weights(actor), copy_weights(critic)
-    running = [pool.submit(roll_out, weights, difficulty, noise) for pool, roll_out in workers]
+    running = [pool.submit(roll_out, weights, difficulty, remaining) for pool, roll_out in workers]
     parts, episodes = zip(*(future.result() for future in running))
     data = {name: torch.from_numpy(np.concatenate([part[name] for part in parts], 1)) for name in parts[0]}
     return data, sum(episodes, [])
@@ -254,7 +234,7 @@ def update(actor, critic, optimizer, batch, entropy_coef):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
             b = {name: x[rows] for name, x in batch.items()}
             advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
-            logits, value = actor(b["state"][:, :SEEN]), critic(b["state"])
+            logits, value = actor(b["state"][:, :ACTOR_SIZE]), critic(b["state"])
             terms = ppo_losses(logits, value, b["action"], b["log_prob"], advantage, b["returns"], CLIP)
             loss = terms["policy_loss"] - entropy_coef * terms["entropy"] + VALUE_COEF * terms["value_loss"]
             optimizer.zero_grad()
@@ -287,17 +267,18 @@ def summarize(episodes):
     return {name: np.mean(column) if column else float("nan") for name, column in columns.items()}
 
 
-def save_teacher(output, number, weights, row, parts, normalizer):
-    """Write the averaged actor, with what it scored, and the state from which a run goes on."""
+def save_teacher(output, number, weights, row, parts, normalizer, run):
+    """Write the averaged actor, with what it scored and how it was made, and the state from which a run goes on."""
+    run = run_files.until_now(run)
     metadata = {"update": str(number), **{name: f"{row[name]:.1f}" for name in ("eval_mean", "eval_std")}}
-    run_files.write_file(output / "teacher.safetensors", save(weights, metadata))
+    run_files.write_file(output / "teacher.safetensors", save(weights, metadata | {"run": json.dumps(run)}))
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"normalizer": vars(normalizer), "update": number, "seconds": row["seconds"]}
+    state |= {"normalizer": vars(normalizer), "update": number, "run": run}
     run_files.save_state(output / "teacher_state.pt", state)
 
 
 def main():
-    began, output = time.time(), ROOT / OUTPUT_DIR
+    output, run = ROOT / OUTPUT_DIR, run_files.describe_run(globals(), *map(vars, (car_racing_env, perturbations)))
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     actor, critic = Teacher(), Critic()
@@ -312,7 +293,8 @@ def main():
         for name, part in parts.items():
             part.load_state_dict(state[name])
         vars(normalizer).update(state["normalizer"])
-        first, began = state["update"] + 1, began - state["seconds"]
+        run = run_files.continue_from(output / "teacher_state.pt", state["run"], run, {"RESUME", "TOTAL_UPDATES"})
+        first = state["update"] + 1
     print(
         f"{TOTAL_UPDATES} updates, 25 to 60 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
         "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout "
@@ -324,10 +306,10 @@ def main():
         for number in tqdm(range(first, TOTAL_UPDATES + 1), initial=first - 1, total=TOTAL_UPDATES, unit="update"):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.98 * (number - 1) / TOTAL_UPDATES)
             difficulty = float(np.clip(number / PLAIN_UPDATES - 1, 0, 1))
-            noise = 1 - number / TOTAL_UPDATES
-            data, episodes = collect(workers, actor, critic, difficulty, noise)
+            remaining = 1 - number / TOTAL_UPDATES
+            data, episodes = collect(workers, actor, critic, difficulty, remaining)
             batch = make_batch(data, normalizer)
-            terms = update(actor, critic, optimizer, batch, noise * ENTROPY_COEF)
+            terms = update(actor, critic, optimizer, batch, remaining * ENTROPY_COEF)
             average.update_parameters(actor)
 
             row = {"update": number, "decisions": number * len(batch["action"]), **summarize(episodes)}
@@ -338,10 +320,10 @@ def main():
             if evaluated:
                 weights = copy_weights(average.module)
                 row |= evaluate(workers, weights)
-            row["seconds"] = time.time() - began
+            row["seconds"] = run_files.until_now(run)["seconds"]
             log.write(row)
             if evaluated:
-                save_teacher(output, number, weights, row, parts, normalizer)
+                save_teacher(output, number, weights, row, parts, normalizer, run)
     print(f"wrote {OUTPUT_DIR}/teacher.safetensors; next: python collect_captions.py")
 
 

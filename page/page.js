@@ -108,9 +108,8 @@ function showDrive(panel, drive) {
   find(".keys").hidden = drive.driver !== "you";
   find(".answer").hidden = !drive.answer;
   find(".answer").textContent = drive.answer || "";
-  const differs = Boolean(drive.answer) && drive.answer !== drive.action;
-  find(".action").textContent = drive.action ? `${differs ? "but it does: " : "action: "}${drive.action}` : "";
-  find(".action").classList.toggle("differs", differs);
+  find(".action").textContent = drive.action ? `${drive.differs ? "but it does: " : "action: "}${drive.action}` : "";
+  find(".action").classList.toggle("differs", Boolean(drive.differs));
   find(".scene").textContent = drive.scene;
   find(".bars").hidden = !drive.probabilities;
   (drive.probabilities || []).forEach((p, i) => {

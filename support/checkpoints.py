@@ -5,6 +5,7 @@ import json
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners import lora
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -73,6 +74,15 @@ def attach_adapter(git, adapter, trainable=False):
             "train_git_lora_carllava_style.py"
         ) from None
     return git
+
+
+def check_lora(git):
+    """Raise BadInput if a `PeftModel` has anything that fast/git_forward.py does not compute."""
+    config = git.peft_config["default"]
+    adapted = [name for name, module in git.named_modules() if hasattr(module, "lora_A")]
+    unread = [name for name in adapted if not isinstance(git.get_submodule(name), lora.Linear)]
+    if config.lora_dropout or config.use_dora or unread:
+        raise BadInput(f"fast/git_forward.py computes plain LoRA on linear layers: no dropout, no DoRA, not {unread}")
 
 
 def load_git(name, task):

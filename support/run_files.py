@@ -16,6 +16,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import Box2D
 import torch
 from tqdm import tqdm
 
@@ -237,9 +238,10 @@ def run_facts():
         commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except OSError:
         commit = ""
+    versions = {"python": platform.python_version(), "Box2D": Box2D.__version__}  # it has several names on PyPI
     return {
         "git_commit": commit or "unknown",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
     }
 
@@ -275,11 +277,17 @@ def describe_run(*namespaces, **facts):
 
 
 def continue_run(folder, run, may_change):
-    """The description `run` of a resumed run with that of the run it continues, in `folder`, as its history.
-
-    The constants that `may_change` may differ, each change is kept there; anything else that differs is BadInput.
-    """
+    """The description `run` of a resumed run with that of the run in `folder` as its history; see `continue_from`."""
     saved = read_json(Path(folder) / "run.json", "set RESUME to False to start anew")
+    return continue_from(f"{folder}/", saved, run, may_change)
+
+
+def continue_from(where, saved, run, may_change):
+    """The description `run` of a resumed run with `saved`, that of the run it continues, as its history.
+
+    The constants that `may_change` may differ, each change is kept there; anything else that differs is BadInput, which
+    says `where` the run lies.
+    """
 
     def settings(run):
         return {name: x for constants in run.get("constants", {}).values() for name, x in constants.items()}
@@ -288,15 +296,19 @@ def continue_run(folder, run, may_change):
     changed = {name: before.get(name) for name in before | now if before.get(name) != now.get(name)}
     for name in changed.keys() - may_change:
         raise BadInput(
-            f"{folder}/ is of a run with {name} = {before.get(name)!r}, now {now.get(name)!r}: put it back, or set "
+            f"{where} is of a run with {name} = {before.get(name)!r}, now {now.get(name)!r}: put it back, or set "
             "RESUME to False to start anew"
         )
     earlier = {"git_commit": saved["git_commit"], "seconds": saved["seconds"], "changed_afterwards": changed}
     return run | {"seconds": saved["seconds"], "history": [*saved.get("history", []), earlier]}
 
 
-def write_run(folder, run):
-    """Write `run.json` with the seconds until now, those of the runs that it continues included."""
+def until_now(run):
+    """A run's description with the seconds until now, those of the runs that it continues included."""
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["began"]))
-    seconds = run["seconds"] + time.time() - run["began"]
-    write_json(Path(folder) / "run.json", run | {"began": began, "seconds": round(seconds)})
+    return run | {"began": began, "seconds": round(run["seconds"] + time.time() - run["began"])}
+
+
+def write_run(folder, run):
+    """Write `run.json` with the seconds until now."""
+    write_json(Path(folder) / "run.json", until_now(run))

@@ -68,8 +68,8 @@ def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, 
     toy = {"CASES": {"taught": ["stop"], "held_out": ["stop"], "new": []}, "WHEN": 2, "TOLD": 100, "TRACKS": [100_200]}
     for name, x in toy.items():
         monkeypatch.setattr(edited.obedience, name, x)
-    rows = {arm: [edited.run(arm, 0)] for arm in edited.ARMS}
-    assert [("before_ppo" in row, len(row.get("obeyed", []))) for (row,) in rows.values()] == [
+    rows = {arm: {0: edited.run(arm, 0)} for arm in edited.ARMS}
+    assert [("before_ppo" in row, len(row.get("obeyed", []))) for (row,) in map(dict.values, rows.values())] == [
         (True, 2), (True, 0), (True, 1), (False, 2), (True, 2), (True, 0)
     ]  # fmt: skip
     assert all(f"\n| {arm} | " in edited.table(rows) for arm in edited.ARMS)

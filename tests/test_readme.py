@@ -8,7 +8,7 @@ import pytest
 
 from offline import fill_tables
 from support.checks import read_json
-from support.run_files import ROOT
+from support.run_files import ROOT, file_hash
 
 PAGES = {page.stem: page for page in fill_tables.PAGES}
 README = PAGES["README"].read_text()
@@ -24,11 +24,10 @@ def test_the_tables_hold_the_numbers_of_the_files(name):
         assert damaged != text and fill_tables.filled(damaged) == text
 
 
-def test_the_speeds_are_medians_of_the_benchmarks():
-    medians = {f"{row['median_ratio']:g}" for row in read_json(ROOT / "benchmarks" / "results.json").values()}
-    page = PAGES["results"].read_text()
-    rows = page[page.index("| what | compared with") :].split("\n\n")[0].splitlines()[2:]
-    assert rows and {row.split("|")[-2].strip() for row in rows} <= medians
+def test_the_scores_are_those_of_the_policy_that_ships():
+    policy = file_hash(ROOT / "results/published/policy/policy.safetensors")
+    measured = [read_json(path) for path in ROOT.glob("results/published/*/eval_policy.json")]
+    assert len(measured) == 3 and {facts["weights_hash"] for facts in measured} == {policy}
 
 
 def test_links_lead_somewhere():
