@@ -15,6 +15,7 @@ import torch
 
 import evaluate
 import instructions
+from benchmarks import runs
 from GitText2ActionWithPrompt import PROMPT
 from instructions import HELD_OUT_WORDINGS, INSTRUCTIONS
 from support import checks, run_files
@@ -48,12 +49,12 @@ def measure(driver):
         print(f"{group}: {told} {question} {rows[-1]['mean']:.1f} ± {rows[-1]['std']:.1f}", flush=True)
     groups = {}
     for group, scores in returns.items():
-        loss = (np.array(returns["plain"]) - scores).mean(0)  # by track
+        loss, error = runs.paired(returns["plain"][0], np.mean(scores, 0))
         groups[group] = {
             "sentences": len(scores),
             "mean": round(float(np.mean(scores)), 2),
-            "loss": round(float(loss.mean()), 2),
-            "loss_standard_error": round(float(loss.std(ddof=1) / len(loss) ** 0.5), 2),
+            "loss": round(loss, 2),
+            "loss_standard_error": round(error, 2),
         }
     return {"groups": groups, "sentences": rows}
 

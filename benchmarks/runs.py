@@ -80,6 +80,12 @@ def over_seeds(means):
     return f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else "one seed"
 
 
+def paired(ours, theirs):
+    """Mean difference of two lists, track by track, and its standard error."""
+    difference = np.subtract(ours, theirs)
+    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
+
+
 def final_score(driver, tracks, **how):
     """How a driver does on tracks at the end of a run, and by which code on which machine: a dict."""
     scores = evaluate.evaluate(driver, tracks, **how)

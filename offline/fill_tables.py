@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from benchmarks import ablations, controls, obedience, seeds
+from benchmarks import ablations, controls, obedience, runs, seeds
 from offline.publish import ROUNDS
 from support import checks, run_files
 from support.checks import read_json
@@ -19,6 +19,7 @@ from support.run_files import ROOT, read_log
 PUBLISHED, BENCHMARKS = ROOT / "results" / "published", ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCORE = re.compile(r"\[[^]]*±[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json)\)(?:, laps \d+ %, min -?\d+)?")
+SPLITS = ("held_out", "validation", "test")
 CONTROLS = {  # rows of the README, and their arms
     "one round of captions, in words": "words",
     "the same in five classes": "classes",
@@ -62,6 +63,25 @@ def fill_scores(text):
         return f"[{score(facts)}{where}{more}"
 
     return SCORE.sub(link, text)
+
+
+def fill_gains(text):
+    """What PPO adds to a track's return: mean and standard error over the tracks."""
+    peers = {"the policy before it": "before_ppo", "the answers alone": "answers"}
+
+    def returns(split, name):
+        return read_json(PUBLISHED / split / f"eval_{name}.json")["returns"]
+
+    def cells(name):
+        if name.endswith("ten seeds"):
+            ten = np.mean([row["returns"] for row in seeds.load().values()], 0)
+            pairs = [(ten, returns("test", "before_ppo"))]
+        else:
+            pairs = [(returns(split, "policy"), returns(split, peers[name])) for split in SPLITS]
+        gains = ["{:.1f} ± {:.1f}".format(*runs.paired(*pair)) for pair in pairs]
+        return [""] * (len(SPLITS) - len(gains)) + gains
+
+    return fill("| PPO minus", cells, text)
 
 
 def fill_training(text):
@@ -188,6 +208,17 @@ def fill_speed(text):
     return fill("| measured in turns |", ratio, text)
 
 
+def fill_processes(text):
+    rows = read_json(BENCHMARKS / "torchrun.json")
+
+    def cells(processes):
+        row = rows[processes]
+        laps = "laps {laps_finished_percent:.0f} %, min {min:.0f}".format(**row)
+        return [str(row["updates"]), f"{row['frames_per_second']:.0f}", f"{score(row)}, {laps}"]
+
+    return fill("| processes |", cells, text)
+
+
 def fill_page(text):
     rows = {
         str(row["sessions"]): [*map(str, row.values())][1:] for row in read_json(BENCHMARKS / "page.json")["together"]
@@ -223,8 +254,8 @@ def fill_runs(text):
 def filled(text):
     """A page's text with its tables filled anew."""
     for fill_some in (
-        fill_scores, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks, fill_rounds,
-        fill_speed, fill_page, fill_runs, fill_scores_of_readme,
+        fill_scores, fill_gains, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks,
+        fill_rounds, fill_speed, fill_processes, fill_page, fill_runs, fill_scores_of_readme,
     ):  # fmt: skip
         text = fill_some(text)
     return text

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COLLECT, PPO, STAGE2, toy_script
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from toy_process import files
 
+import instructions
+from captions import Collator
 from GitText2ActionWithPrompt import answer_ids
+from support.checkpoints import check_lora
 from support.checks import BadInput
 
 EVALUATE = "evaluate"
@@ -47,6 +51,7 @@ damage, bomb, lose_a_tensor = fill(b"{"), fill(BOMB), partial(spoil_a_tensor, di
 make_nan = partial(spoil_a_tensor, lambda weights, name: weights[name].fill_(torch.nan))
 HURT = (remove, damage, bomb, lose_a_tensor, make_nan)
 TASK = {"prompt": ("What", "Why"), "answers": ("Coast", "Fly"), "frame_skip": ('"frame_skip": 2', '"frame_skip": 4')}
+TASK["actions"] = ("  2,\n  1,", "  1,\n  2,")  # mirrored
 ANOTHER_BASE = replace('base_fingerprint": "', 'base_fingerprint": "0')
 HELD_OUT = '{"instruction": "slow", "split": "taught", "sentence": "I want to go gently.", "text": "Brake"}'
 CONSTANTS = [  # script, what its user sets, what the message names
@@ -68,6 +73,7 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     (STAGE2, {}, "CarRacing-Data/train", remove, "CarRacing-Data/train"),
     (STAGE2, {}, METADATA, damage, "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
+    (STAGE2, {}, "CarRacing-Data/run.json", replace('"instructions": "', '"instructions": "0'), "instructions"),
     (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "instructions.py"),
     *((STAGE2, {}, BASE, spoil, "git-toy") for spoil in (lose_a_tensor, bomb, bomb_as("pytorch_model.bin"))),
     (STAGE2, {}, "git-toy/processor_config.json", replace('"height": 96', '"height": 48'), "git-toy"),
@@ -101,6 +107,27 @@ def test_bad_input_is_named_and_changes_nothing(name, changes, file, spoil, name
     with pytest.raises(BadInput, match=named.replace("ROOT", str(root))) as caught:
         toy_script(name, root, **changes).main()
     assert "\n" not in str(caught.value) and files(root) | history == before | history
+
+
+@pytest.mark.parametrize("unread", [{"lora_dropout": 0.1}, {"use_dora": True}, {"target_modules": ["word_embeddings"]}])
+def test_a_lora_that_the_pass_does_not_compute(toy_model, unread):
+    config = LoraConfig(**{"r": 2, "target_modules": ["query"]} | unread)
+    with pytest.raises(BadInput, match="LoRA"):
+        check_lora(get_peft_model(toy_model.git, config))
+
+
+def test_a_sentence_longer_than_the_model(toy_model, frames):
+    with pytest.raises(BadInput, match="tokens"):
+        Collator(toy_model.processor, lambda row: [("left " * 60, "", "Coast")])([(frames[0].numpy(), {})])
+
+
+def test_a_sentence_that_is_taught_and_held_out(monkeypatch):
+    """But for a small word."""
+    slow = instructions.INSTRUCTIONS["slow"]._replace(held_out=("Please drive slowly here.",))
+    monkeypatch.setitem(instructions.INSTRUCTIONS, "slow", slow)
+    monkeypatch.setattr(instructions, "held_out_sentences", instructions.held_out_sentences.__wrapped__)
+    with pytest.raises(BadInput, match="drive slowly"):
+        instructions.check_splits()
 
 
 def test_answers_that_one_pass_cannot_score(toy_model):
