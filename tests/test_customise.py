@@ -90,12 +90,8 @@ def customised_question_base_answers_and_instruction(model):
     assert {facts["base_model"] for facts in made} == {"microsoft/git-base"}
     answers = collections.Counter((row["text"], row["action"]) for row in rows)
     assert answers["Ahead", 3] > 10 and answers["Accelerate", 3] > 10
-    probable = [0.0, 0.1, 0.0, 0.0, 0.0, 0.9]
-    assert [model_file.answer_of(3, x) for x in (probable, probable[::-1], None)] == [
-        "Ahead",
-        "Accelerate",
-        "Accelerate",
-    ]
+    taken = [model_file.answer_of(3, probabilities) for probabilities in ([0, 0.1, 0, 0, 0, 0.9], None)]
+    assert taken == ["Ahead", "Accelerate"]
     assert len(model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
     said = {x["sentence"] for row in rows for x in row["told"] if x["instruction"] == "crawl"}
     crawl = instructions.INSTRUCTIONS["crawl"]
