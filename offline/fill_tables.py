@@ -208,6 +208,18 @@ def fill_speed(text):
     return fill("| measured in turns |", ratio, text)
 
 
+def fill_limits(text):
+    rows = read_json(BENCHMARKS / "limits.json")
+    parts = rows["drawn frame"]["parts_ms"]
+
+    def cells(name):
+        if name in parts:
+            return [f"{parts[name]:.2f}", "", ""]
+        return [f"{rows[name][x]:.2f}" for x in ("ms", "limit_ms", "times_the_limit")]
+
+    return fill("| on one core |", cells, text)
+
+
 def fill_processes(text):
     rows = read_json(BENCHMARKS / "torchrun.json")
 
@@ -255,7 +267,7 @@ def filled(text):
     """A page's text with its tables filled anew."""
     for fill_some in (
         fill_scores, fill_gains, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks,
-        fill_rounds, fill_speed, fill_processes, fill_page, fill_runs, fill_scores_of_readme,
+        fill_rounds, fill_speed, fill_limits, fill_processes, fill_page, fill_runs, fill_scores_of_readme,
     ):  # fmt: skip
         text = fill_some(text)
     return text
