@@ -118,7 +118,7 @@ def test_a_lora_that_the_pass_does_not_compute(toy_model, unread):
 
 def test_a_sentence_longer_than_the_model(toy_model, frames):
     with pytest.raises(BadInput, match="tokens"):
-        Collator(toy_model.processor, lambda row: [("left " * 60, "", "Coast")])([(frames[0].numpy(), {})])
+        Collator(toy_model.processor, lambda row: [("left " * 70, "", "Coast")])([(frames[0].numpy(), {})])
 
 
 def test_a_sentence_that_is_taught_and_held_out(monkeypatch):
