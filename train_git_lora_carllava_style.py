@@ -194,9 +194,10 @@ def save_adapter(folder, git, processor, facts, metrics, run):
     git.save_pretrained(partial)
     processor.save_pretrained(partial)
     run_files.write_json(partial / checkpoints.TASK_FILE, facts)
-    card = cards.adapter_card(
-        facts | {"folder": OUTPUT_DIR, "data": DATA_DIR, "rank": git.peft_config["default"].r}, metrics
-    )
+    data = ", ".join(f"`{data}/`" for data in (DATA_DIR, *MORE_DATA))
+    data += f", from the adapter in `{ADAPTER}/`," if ADAPTER else ""
+    shown = {"folder": OUTPUT_DIR, "data": data, "rank": git.peft_config["default"].r}
+    card = cards.adapter_card(facts | shown, metrics)
     (partial / "README.md").write_text(card)
     run_files.write_run(partial, run)
     run_files.replace_folder(partial, folder)

@@ -3,7 +3,7 @@
 Writes benchmarks/seeds/seed<n>.json as each run ends, and skips those that are there: stop and start at will. Prints
 the mean with its interval, each seed, the worst drives, and the environment frames that all of it stands on.
 
-    python -m benchmarks.seeds      # 10 minutes a seed on two CPU cores
+    python -m benchmarks.seeds      # 11 to 17 minutes a seed on two CPU cores
 """
 
 import functools

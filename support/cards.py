@@ -102,7 +102,7 @@ def policy_card(folder, facts):
 ADAPTER = """
 # A LoRA that answers "{prompt}"
 
-Trained by `train_git_lora_carllava_style.py` on `{data}/` with base `{base_model}`, rank {rank}, frame skip {frame_skip}. All
+Trained by `train_git_lora_carllava_style.py` on {data} with base `{base_model}`, rank {rank}, frame skip {frame_skip}. All
 constants, commit, versions and time are in `run.json`. It answers one of {answers}.
 
 {table}
