@@ -22,8 +22,8 @@ SCORE = re.compile(r"\[[^]]*±[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json
 SPLITS = ("held_out", "validation", "test")
 CONTROLS = {  # rows of the README, and their arms
     "one round of captions, in words": "words",
-    "the same in five classes": "classes",
-    "the same from random weights": "random classes",
+    "told in numbers instead": "numbers",
+    "five classes, told nothing": "classes",
 }
 MEANS = re.compile(r"(\[eval_log\.csv\]\(\S+\)\): )\d+\.\d(?:[ \n]->[ \n]\d+\.\d)*")
 
