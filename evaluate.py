@@ -146,8 +146,8 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=
     """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
     `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only
-    for environments that still drive, by NUM_WORKERS threads at once, each for a share of the tracks: it keeps nothing of
-    a decision in itself.
+    for environments that still drive, by NUM_WORKERS threads at once, each for a share of the tracks: it must keep
+    nothing of a decision in itself.
     """
     tracks = list(tracks)
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))
