@@ -67,8 +67,7 @@ def answer_of(action, probabilities=None):
 
 def task():
     """What data, adapter and policy are made for; each stores it and is refused where it differs."""
-    answers = {"answers": list(ANSWERS), "actions": list(ANSWERS.values())}
-    return {"prompt": PROMPT, **answers, "frame_skip": FRAME_SKIP}
+    return {"prompt": PROMPT, "answers": [*ANSWERS], "actions": [*ANSWERS.values()], "frame_skip": FRAME_SKIP}
 
 
 def device():
@@ -270,6 +269,8 @@ class GitText2ActionWithPrompt(nn.Module):
         if self.trains_lora:
             weights = git_forward.collect(self.base, self.processor.image_processor)
             state = self.read(weights, frames, instructions)[:, 0]
+        elif state is None:
+            state = self.read(self.weights, frames, instructions)[:, 0]
         return state  # another input of the heads is joined here; feature_size counts it
 
     @torch.no_grad()

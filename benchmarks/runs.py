@@ -24,29 +24,34 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
 
     The curve has the environment frames and the score on `ppo.EVAL_TRACKS` before the run and after each of
     `evaluations` parts of it, the last one left out. At another frame skip the discount per frame and the frames per
-    update stay. `envs` are arguments of `ppo.make_envs`, `arguments` those of `ppo.train`.
+    update stay. `envs` are arguments of `ppo.make_envs`, `arguments` those of `ppo.train`. Under torchrun an update has
+    the frames of all processes, of which the first one alone is scored.
     """
     began, num_steps = time.time(), ppo.NUM_STEPS * FRAME_SKIP // frame_skip
-    frames_per_update = ppo.NUM_ENVS * num_steps * frame_skip
+    rank, world_size = processes.join_torchrun()
+    frames_per_update = world_size * ppo.NUM_ENVS * num_steps * frame_skip
     schedule = {"gamma": ppo.GAMMA ** (frame_skip / FRAME_SKIP), "num_steps": num_steps}
     schedule["total_updates"] = updates = round(frames / frames_per_update)
-    evaluate_at, curve = {updates * i // evaluations for i in range(evaluations)}, []
-    with ppo.make_envs(seed, frame_skip=frame_skip, **envs or {}) as workers:
+    evaluate_at, curve, speeds = {updates * i // evaluations for i in range(evaluations)}, [], []
+    with ppo.make_envs(seed, frame_skip=frame_skip, rank=rank, **envs or {}) as workers:
         torch.set_num_threads(ppo.TORCH_THREADS)
         torch.manual_seed(seed)
         model, averaged = load(), load()
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank)
         accelerator, driver = processes.make_accelerator(model_file.device()), evaluate.Policy(averaged)
         steps = ppo.train(model, workers, accelerator, **schedule, **arguments)
-        for number, _, _, state in tqdm(steps, total=1 + updates, unit="update"):
+        for number, _, diagnostics, state in tqdm(steps, total=1 + updates, unit="update", disable=rank > 0):
             averaged.load_trained(state["average"], "the average")
-            if number in evaluate_at:
+            speeds += [frame_skip * diagnostics["decisions_per_second"]] if number else []
+            if number in evaluate_at and rank == 0:
                 scores = evaluate.evaluate(driver, ppo.EVAL_TRACKS, frame_skip=frame_skip)
                 curve.append({"frames": number * frames_per_update} | evaluate.summarize(scores))
     facts = {"seed": seed, **schedule, "frames": updates * frames_per_update, "curve": curve}
     facts |= {"model": averaged.source, "instructions": instructions.digest()}
     facts["constants"] = run_files.constants_of(*map(vars, MODULES))
-    facts |= final_score(driver, tracks, frame_skip=frame_skip)
+    facts |= {"processes": world_size, "frames_per_second": round(float(np.median(speeds)), 1)}
+    if rank == 0:
+        facts |= final_score(driver, tracks, frame_skip=frame_skip)
     return facts | {"seconds": round(time.time() - began)}, driver
 
 

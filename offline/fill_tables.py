@@ -226,7 +226,7 @@ def fill_processes(text):
     def cells(processes):
         row = rows[processes]
         laps = "laps {laps_finished_percent:.0f} %, min {min:.0f}".format(**row)
-        return [str(row["updates"]), f"{row['frames_per_second']:.0f}", f"{score(row)}, {laps}"]
+        return [str(row["total_updates"]), f"{row['frames_per_second']:.0f}", f"{score(row)}, {laps}"]
 
     return fill("| processes |", cells, text)
 

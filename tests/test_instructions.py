@@ -21,6 +21,11 @@ def words(sentences):
 def test_held_out_sentences_are_not_taught_and_their_words_are_known():
     """Word for word, small words left out; some words are known from the questions about the scene alone."""
     taught, held_out = instructions.taught_sentences(), instructions.held_out_sentences()
+
+    def told_apart(sentences):
+        return {" ".join(w for w in x.split() if w not in instructions.SMALL_WORDS) for x in sentences}
+
+    assert told_apart(held_out).isdisjoint(told_apart(map(instructions.without_marks, taught)))
     instructions.check_splits()
     rows = map(json.loads, (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines())
     asked = [text for row in rows for x in row["asked"] for text in (x["question"], x["text"])]

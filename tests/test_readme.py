@@ -24,6 +24,13 @@ def test_the_tables_hold_the_numbers_of_the_files(name):
         assert damaged != text and fill_tables.filled(damaged) == text
 
 
+def test_the_speeds_are_medians_of_the_benchmarks():
+    medians = {f"{row['median_ratio']:.2f}" for row in read_json(ROOT / "benchmarks" / "results.json").values()}
+    page = PAGES["results"].read_text()
+    rows = page[page.index("| measured in turns |") :].split("\n\n")[0].splitlines()[2:]
+    assert rows and {row.split("|")[-3].strip() for row in rows} <= medians
+
+
 def test_the_scores_are_those_of_the_policy_that_ships():
     policy = file_hash(ROOT / "results/published/policy/policy.safetensors")
     measured = [read_json(path) for path in ROOT.glob("results/published/*/eval_policy.json")]
