@@ -15,7 +15,7 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT
-from instructions import WORDINGS
+from phrasings import WORDINGS
 from support import checks
 
 
@@ -111,7 +111,7 @@ class Collator:
             longest = tokenizer.decode(max((prompt + ending for prompt, ending in texts), key=len))
             raise checks.BadInput(
                 f"{longest!r} has {tokens.shape[1]} tokens, this base takes {tokenizer.model_max_length}: say it in "
-                "fewer words (instructions.py, questions.py), or train a git-tiny that knows them"
+                "fewer words (phrasings.py, questions.py), or train a git-tiny that knows them"
             )
         texts = {"input_ids": tokens, "labels": labels}
         return {"pixel_values": pixels} | {name: x.unflatten(0, (len(rows), -1)) for name, x in texts.items()}

@@ -16,6 +16,7 @@ import instructions
 from perturbations import Throws
 from road import FollowRoad
 from support.resume import Resumable
+from targets import RACE
 
 ENV_ID = "CarRacing-v3"
 FPS = stock.FPS
@@ -107,7 +108,7 @@ class TrainingRewards(gym.Wrapper):
         return obs, info | {"track_seed": self.track_seed}
 
     def step(self, action):
-        target = self.get_wrapper_attr("told").target if self.instructed else instructions.RACE  # of this decision
+        target = self.get_wrapper_attr("told").target if self.instructed else RACE  # of this decision
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.episode_return += reward
         newly_missed, grass_frames, penalty_scale = self._look_at_the_road()

@@ -34,12 +34,12 @@ import perturbations
 import questions
 from car_racing_env import FPS, FRAME_SKIP, TRAIN_TRACKS
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, answer_of, to_simulator
-from instructions import RACE
 from perturbations import RandomBursts, Throws
 from road import read_state
 from support import cards, checks, plots, processes, run_files
 from support.checkpoints import TASK_FILE
 from support.run_files import ROOT
+from targets import RACE
 from teacher import TEACHER, PrivilegedState, load_teacher
 
 # who drives: "teacher", a PPO policy's folder such as "results/policy", or an adapter's, whose answers drive

@@ -39,8 +39,10 @@ import instructions
 import questions
 from car_racing_env import FPS, FRAME_SKIP
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of
+from phrasings import INSTRUCTIONS
 from support import checks
 from support.run_files import ROOT
+from targets import RACE
 
 HOST = "127.0.0.1"  # this machine only; "0.0.0.0" lets others in
 PORT = 0  # 0: a free one
@@ -55,7 +57,7 @@ SPEEDS = ("ten", "thirty", "fifty")  # that can be said by a click; others are t
 KEYS = {"ArrowLeft": 2, "ArrowRight": 1, "ArrowUp": 3, "ArrowDown": 4}  # the simulator's actions
 SENTENCES = {  # what a visitor may have typed, for the teacher, which reads no words
     instructions.without_marks(sentence): instruction.target
-    for instruction in instructions.INSTRUCTIONS.values()
+    for instruction in INSTRUCTIONS.values()
     for sentence in instruction.taught + instruction.held_out
 }
 
@@ -116,7 +118,7 @@ class Drive(film.Drive):
 
     def tell(self, sentence):
         """Put an instruction in force."""
-        target = SENTENCES.get(instructions.without_marks(sentence), instructions.RACE)
+        target = SENTENCES.get(instructions.without_marks(sentence), RACE)
         self.driver.told = target if self.name == "teacher" else sentence
 
     def advance(self):
@@ -257,7 +259,7 @@ class Session(threading.Thread):
         """What a visitor should know of a sentence that is in force, or ""."""
         said = [self.unknown(text)]
         if "teacher" in self.names and text and instructions.without_marks(text) not in SENTENCES:
-            said.append("The teacher reads no words and knows the phrasings of instructions.py only: it races.")
+            said.append("The teacher reads no words and knows the sentences of phrasings.py only: it races.")
         return " ".join(filter(None, said))
 
     def unknown(self, text):
@@ -318,12 +320,12 @@ class Latest:
 
 def welcome():
     """What the page needs to know first: what can be chosen, said and asked."""
-    shown = [name for name in instructions.INSTRUCTIONS if instructions.kind(name) not in ("chatter", "speed")]
+    shown = [name for name in INSTRUCTIONS if instructions.kind(name) not in ("chatter", "speed")]
     shown += [f"speed {word}" for word in SPEEDS]
     return {
         "drivers": {name: title for name, (title, _) in DRIVERS.items()},
         "answers": list(ANSWERS),
-        "instructions": [instructions.INSTRUCTIONS[name].taught[0] for name in shown],
+        "instructions": [INSTRUCTIONS[name].taught[0] for name in shown],
         "questions": [wordings[0] for wordings in questions.QUESTIONS.values()],
         "max_text": MAX_TEXT,
     }

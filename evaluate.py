@@ -26,13 +26,14 @@ import film
 import instructions
 from car_racing_env import ENV_ID, FRAME_SKIP, episode_end
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
-from instructions import RACE
+from phrasings import COMBINATIONS, HELD_OUT_COMBINATIONS, INSTRUCTIONS
 from support import checks, processes, run_files
 from support.run_files import ROOT
+from targets import RACE
 from teacher import TEACHER, load_teacher, make_evaluation_env
 
 DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
-INSTRUCTION = ""  # in force for the whole drive: "Keep left."; the teacher takes a name of instructions.py: "left"
+INSTRUCTION = ""  # in force for the whole drive: "Keep left."; the teacher takes a name of phrasings.py: "left"
 FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,200-100,299 held out, 201,000-201,099 test
 NUM_TRACKS = 100
 NUM_ENVS = 10  # simulated side by side
@@ -120,7 +121,7 @@ class Policy:
 
 def named_target(name):
     """The `Target` of the instruction `name`, none for ""; BadInput if there is none of that name."""
-    names = {"", *instructions.INSTRUCTIONS, *instructions.COMBINATIONS, *instructions.HELD_OUT_COMBINATIONS}
+    names = {"", *INSTRUCTIONS, *COMBINATIONS, *HELD_OUT_COMBINATIONS}
     if name not in names:
         raise checks.BadInput(
             f"INSTRUCTION = {name!r} in evaluate.py: the teacher reads no words, use one of "

@@ -1,7 +1,7 @@
 """The trained policy that drives stage 1: it reads the simulator's state instead of pictures.
 
 Reads offline/teacher.safetensors, made by `python -m offline.train_teacher`. Beside the state it is given a target
-(instructions.py): a speed, a side of the road, standing still, or none, when it races.
+(targets.py): a speed, a side of the road, standing still, or none, when it races.
 """
 
 import gymnasium as gym
@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from car_racing_env import FRAME_SKIP, make_env
-from instructions import RACE, SIDE, SPEED_SCALE, TARGET_SIZE, Target
 from road import STATE_SIZE, encode_state, read_state
 from support.checks import BadInput, read_weights
 from support.run_files import ROOT
+from targets import RACE, SIDE, SPEED_SCALE, TARGET_SIZE, Target
 
 TEACHER = "offline/teacher.safetensors"
 GAS_GOVERNOR = 20.0  # added to the logit of gas, at most

@@ -143,7 +143,8 @@ def load_data():
         checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
         labelled = checks.read_json(folder / "run.json", "run collect_captions.py first").get("inputs", {})
         said = {"instructions": instructions.digest()}
-        checks.check_same(f"{folder}/", labelled, said, "put instructions.py back, or rerun collect_captions.py")
+        remedy = "put phrasings.py and instructions.py back, or rerun collect_captions.py"
+        checks.check_same(f"{folder}/", labelled, said, remedy)
     train = Captions(*(folder / "train" for folder in folders))
     validation = Captions(ROOT / DATA_DIR / "validation")
     if len(train) < max(MIN_FRAMES, BATCH_SIZE):
@@ -153,7 +154,7 @@ def load_data():
         raise checks.BadInput(f"{DATA_DIR}/ and MORE_DATA hold frames of several settings: rerun collect_captions.py")
     told = {(x["instruction"], x["sentence"]) for row in train.rows for x in row["told"]}
     if held_out := sorted(sentence for name, sentence in told if instructions.is_held_out(name, sentence)):
-        remedy = "which instructions.py holds out: rerun collect_captions.py"
+        remedy = "which phrasings.py holds out: rerun collect_captions.py"
         raise checks.BadInput(f"{DATA_DIR}/ or MORE_DATA says {held_out[0]!r}, {remedy}")
     return train, validation
 

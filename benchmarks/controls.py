@@ -37,11 +37,11 @@ from benchmarks import obedience, runs, seeds
 from captions import Collator, draw_texts, draw_told
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, device
-from instructions import RACE, TARGET_SIZE, Target
 from offline import make_git_tiny
 from support import checks, plots, run_files
 from support.checkpoints import load_base
 from support.plots import plt
+from targets import RACE, TARGET_SIZE, Target
 
 BASE = stage2.BASE_MODEL
 EPOCHS = 2

@@ -1,6 +1,6 @@
 """Which driver obeys? Each instruction, in taught and in other words, in mid-drive on tracks held out.
 
-A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by instructions.py.
+A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by targets.py.
 Every track hears a phrasing of its own. In some drives it is told to stop and later to drive on, in others two things
 that contradict each other. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
 
@@ -18,7 +18,7 @@ import evaluate
 import instructions
 from benchmarks import drives
 from car_racing_env import FPS, FRAME_SKIP
-from instructions import HELD_OUT_COMBINATIONS, HELD_OUT_SPEEDS, INSTRUCTIONS
+from phrasings import HELD_OUT_COMBINATIONS, HELD_OUT_SPEEDS, INSTRUCTIONS
 from support import checks, plots, run_files
 from support.plots import plt
 

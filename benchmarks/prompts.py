@@ -17,7 +17,7 @@ import evaluate
 import instructions
 from benchmarks import runs
 from GitText2ActionWithPrompt import PROMPT
-from instructions import HELD_OUT_WORDINGS, INSTRUCTIONS
+from phrasings import HELD_OUT_WORDINGS, INSTRUCTIONS
 from support import checks, run_files
 
 DRIVERS = ("answers", "policy")  # of evaluate.py, whose constants say which model

@@ -3,7 +3,7 @@
 Reads offline/teacher.safetensors, which drives, under changing targets and thrown about, through the frames it learns
 from. Writes offline/git-tiny/ in the Hub's file layout, with a model card and run.json. Each frame comes with several
 questions about the scene (questions.py), answered in sentences from the simulator's state; never with actions. Beside
-them it learns to say in the simplest words what somebody wants, by the taught phrasings of instructions.py, and whether
+them it learns to say in the simplest words what somebody wants, by the taught sentences of phrasings.py, and whether
 that is how the car drives: a model that has read a book knows that left is not right. What to do about it, it does not
 know.
 
@@ -32,12 +32,13 @@ import perturbations
 import questions
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
-from instructions import Target, draw_target
+from instructions import draw_target
 from perturbations import RandomBursts, Throws
 from questions import describe
 from road import read_state
 from support import cards, checks, processes, run_files
 from support.run_files import ROOT
+from targets import Target
 from teacher import TEACHER, PrivilegedState, load_teacher
 
 OUTPUT_DIR = "offline/git-tiny"

@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 import car_racing_env
 import perturbations
-from instructions import TARGET_SIZE, draw_target
+from instructions import draw_target
 from perturbations import RandomBursts, Throws
 from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
 from road import STATE_SIZE
 from support import checks, processes, run_files
 from support.run_files import ROOT
+from targets import TARGET_SIZE
 from teacher import PrivilegedState, Teacher, make_evaluation_env, mlp
 
 OUTPUT_DIR = "offline"

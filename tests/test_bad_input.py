@@ -14,6 +14,7 @@ from toy_process import files
 import instructions
 from captions import Collator
 from GitText2ActionWithPrompt import answer_ids
+from phrasings import INSTRUCTIONS
 from support.checkpoints import check_lora
 from support.checks import BadInput
 
@@ -74,7 +75,7 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     (STAGE2, {}, METADATA, damage, "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
     (STAGE2, {}, "CarRacing-Data/run.json", replace('"instructions": "', '"instructions": "0'), "instructions"),
-    (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "instructions.py"),
+    (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "phrasings.py"),
     *((STAGE2, {}, BASE, spoil, "git-toy") for spoil in (lose_a_tensor, bomb, bomb_as("pytorch_model.bin"))),
     (STAGE2, {}, "git-toy/processor_config.json", replace('"height": 96', '"height": 48'), "git-toy"),
     (STAGE2, {}, "git-toy/config.json", replace('"git"', '"bert"'), "git-toy"),
@@ -123,8 +124,8 @@ def test_a_sentence_longer_than_the_model(toy_model, frames):
 
 def test_a_sentence_that_is_taught_and_held_out(monkeypatch):
     """But for a small word."""
-    slow = instructions.INSTRUCTIONS["slow"]._replace(held_out=("Please drive slowly here.",))
-    monkeypatch.setitem(instructions.INSTRUCTIONS, "slow", slow)
+    slow = INSTRUCTIONS["slow"]._replace(held_out=("Please drive slowly here.",))
+    monkeypatch.setitem(INSTRUCTIONS, "slow", slow)
     monkeypatch.setattr(instructions, "held_out_sentences", instructions.held_out_sentences.__wrapped__)
     with pytest.raises(BadInput, match="drive slowly"):
         instructions.check_splits()

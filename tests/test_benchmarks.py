@@ -6,7 +6,7 @@ import pytest
 import evaluate
 from benchmarks import controls, seeds
 from GitText2ActionWithPrompt import ANSWERS
-from instructions import RACE, Target
+from targets import RACE, Target
 
 
 def test_the_interval_counts_seeds_and_tracks_as_draws():

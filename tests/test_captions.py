@@ -11,9 +11,11 @@ import captions
 import train_git_lora_carllava_style as stage2
 from collect_captions import Settings, collect_episode
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
-from instructions import INSTRUCTIONS, RACE, WISH_QUESTION, WORDINGS, is_held_out, target
+from instructions import WISH_QUESTION, is_held_out, target
+from phrasings import INSTRUCTIONS, WORDINGS
 from questions import QUESTIONS, describe
 from road import read_state
+from targets import RACE
 from teacher import load_teacher, make_evaluation_env
 
 WISHES = {"Keep left.": "Keep left.", "Speed thirty.": "Drive at speed thirty."}

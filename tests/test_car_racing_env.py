@@ -13,9 +13,10 @@ from car_racing_env import REWARDS, TRAIN_TRACKS, TrainingRewards, episode_end, 
 from evaluate import Teacher
 from fast.car_racing import FastCarRacing
 from GitText2ActionWithPrompt import ANSWERS
-from instructions import RACE, SIDE, Target, Told
+from instructions import Told
 from perturbations import Throws
 from road import move_car
+from targets import RACE, SIDE, Target
 from teacher import make_evaluation_env
 
 ACCELERATE = ANSWERS["Accelerate"]

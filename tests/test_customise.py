@@ -14,8 +14,8 @@ import torch
 from conftest import COLLECT, STAGE2, edit, make_toy_base
 
 import GitText2ActionWithPrompt as model_file
-import instructions
 from car_racing_env import REWARDS, make_training_env
+from phrasings import INSTRUCTIONS
 from support.checks import read_json
 from support.run_files import ROOT
 
@@ -94,5 +94,5 @@ def customised_question_base_answers_and_instruction(model):
     assert taken == ["Ahead", "Accelerate"]
     assert len(model.answers) == 6 and model_file.to_simulator(torch.arange(6)).tolist() == [0, 3, 2, 1, 4, 3]
     said = {x["sentence"] for row in rows for x in row["told"] if x["instruction"] == "crawl"}
-    crawl = instructions.INSTRUCTIONS["crawl"]
+    crawl = INSTRUCTIONS["crawl"]
     assert said & set(crawl.taught) and not said & set(crawl.held_out)

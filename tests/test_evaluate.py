@@ -16,9 +16,9 @@ import film
 import instructions
 from benchmarks import drives, obedience, recovery
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, parse_answer
-from instructions import RACE, SIDE, Target
 from road import STATE_SIZE
 from support.run_files import ROOT
+from targets import RACE, SIDE, Target
 from teacher import Teacher
 
 GAS, BRAKE = 3, 4  # the simulator's actions

@@ -9,9 +9,10 @@ import pytest
 
 import instructions
 import questions
-from instructions import INSTRUCTIONS, RACE, SIDE, Target
+from phrasings import COMBINATIONS, INSTRUCTIONS
 from road import STATE_SIZE, read_state
 from support.run_files import ROOT
+from targets import RACE, SIDE, Target
 
 
 def words(sentences):
@@ -53,8 +54,8 @@ def test_training_draws_taught_sentences_only():
             assert told.name == "garbled" or words([told.sentence]) - instructions.SMALL_WORDS <= words(taught)
         elif told.name != "garbled":
             parts = [part.strip() for part in re.findall(r"[^.?]+[.?]", told.sentence)]
-            assert taught.issuperset(parts) and len(parts) == 1 + (told.name in instructions.COMBINATIONS)
-    assert seen == {"garbled", *INSTRUCTIONS, *instructions.COMBINATIONS} - {"speed twenty-five", "speed forty-five"}
+            assert taught.issuperset(parts) and len(parts) == 1 + (told.name in COMBINATIONS)
+    assert seen == {"garbled", *INSTRUCTIONS, *COMBINATIONS} - {"speed twenty-five", "speed forty-five"}
 
 
 def test_targets_measure_speed_and_side():
