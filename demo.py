@@ -5,14 +5,13 @@ requirements-demo.txt.
 
     python demo.py      # prints an address and opens it in the browser; Ctrl-C ends it
 
-The page (page/) and this server talk over one WebSocket a visitor. The server sends what happens, a JSON object per
-decision with a picture of each drive; the visitor sends objects with one key, COMMANDS. Each visitor has a `Session`:
-one or two drives on one track, in a thread of its own, which share the model.
+The page (page/) and its server (support/web.py) talk over one WebSocket a visitor. The server sends what happens, a
+JSON object per decision with a picture of each drive; the visitor sends objects with one key, COMMANDS. Each visitor
+has a `Session`: one or two drives on one track, in a thread of its own, which share the model.
 """
 
-import asyncio
 import base64
-import contextlib
+import functools
 import gc
 import io
 import json
@@ -21,17 +20,9 @@ import random
 import re
 import threading
 import time
-import webbrowser
 
 import torch
 from PIL import Image
-
-try:
-    import uvicorn
-    from fastapi import FastAPI, WebSocket, WebSocketDisconnect
-    from fastapi.staticfiles import StaticFiles
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -r requirements-demo.txt") from None
 
 import evaluate
 import film
@@ -40,7 +31,7 @@ import questions
 from car_racing_env import FPS, FRAME_SKIP
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of
 from phrasings import INSTRUCTIONS
-from support import checks
+from support import checks, web
 from support.run_files import ROOT
 from targets import RACE
 
@@ -78,10 +69,6 @@ COMMANDS = {  # what a visitor may send, and which values
     "attention": lambda shown: type(shown) is bool,
     "seen": lambda value: value is True,
 }
-
-
-class NotUnderstood(Exception):
-    """A message that the page does not send: its session is closed."""
 
 
 class You:
@@ -275,47 +262,10 @@ def understand(message):
     try:
         ((command, value),) = json.loads(message).items()
     except (ValueError, AttributeError, RecursionError):
-        raise NotUnderstood from None
+        raise web.NotUnderstood from None
     if command not in COMMANDS or not COMMANDS[command](value):
-        raise NotUnderstood
+        raise web.NotUnderstood
     return command, value
-
-
-class Latest:
-    """The messages to a page: all notes, but of the pictures the last one, once the one before was seen.
-
-    So a slow page gets fewer pictures, not an ever longer queue.
-    """
-
-    def __init__(self, loop):
-        self.loop, self.notes, self.picture, self.there, self.seen = loop, [], None, asyncio.Event(), True
-
-    def put(self, message):
-        """From any thread."""
-        with contextlib.suppress(RuntimeError):  # the server has ended
-            self.loop.call_soon_threadsafe(self._put, message)
-
-    def _put(self, message):
-        if message and "drives" in message:
-            self.picture = message
-        else:
-            self.notes.append(message)
-        self.there.set()
-
-    def was_seen(self):
-        self.seen = True
-        self.there.set()
-
-    async def get(self):
-        """The next message, None at the session's end."""
-        while True:
-            if self.notes:
-                return self.notes.pop(0)
-            if self.picture and self.seen:
-                picture, self.picture, self.seen = self.picture, None, False
-                return picture
-            self.there.clear()
-            await self.there.wait()
 
 
 def welcome():
@@ -331,79 +281,10 @@ def welcome():
     }
 
 
-def make_app(model):
-    """The page and its WebSocket."""
-    app, sessions = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), set()
-
-    @app.websocket("/drive")
-    async def drive(socket: WebSocket):
-        await socket.accept()
-        if len(sessions) >= MAX_SESSIONS:
-            await socket.send_json({"full": MAX_SESSIONS})
-            await socket.close()
-            return
-        latest = Latest(asyncio.get_running_loop())
-        session = Session(model, latest.put)
-        sessions.add(session)
-
-        async def send():
-            await socket.send_json(welcome())
-            while message := await latest.get():
-                await socket.send_json(message)
-            await socket.close(1011, "the drive has ended")  # by an error, which the terminal shows
-
-        async def receive():
-            while True:
-                command, value = understand(await socket.receive_text())
-                if command == "seen":
-                    latest.was_seen()
-                else:
-                    session.commands.put((command, value))
-
-        tasks = [asyncio.create_task(send()), asyncio.create_task(receive())]
-        session.start()
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except (NotUnderstood, KeyError):  # KeyError: a binary frame
-            with contextlib.suppress(RuntimeError):
-                await socket.close(1008, "not understood")
-        except (WebSocketDisconnect, RuntimeError):
-            pass
-        finally:
-            for task in tasks:
-                task.cancel()
-            session.ended.set()
-            await asyncio.to_thread(session.join, 5)
-            sessions.discard(session)
-
-    app.mount("/", StaticFiles(directory=ROOT / "page", html=True))
-    app.state.sessions = sessions
-    return app
-
-
-class Server(uvicorn.Server):
-    """Says where it listens as soon as it does."""
-
-    async def startup(self, sockets=None):
-        await super().startup(sockets)
-        if self.started:
-            port = self.servers[0].sockets[0].getsockname()[1]
-            self.address = f"http://{'127.0.0.1' if HOST == '0.0.0.0' else HOST}:{port}"
-            print(f"{self.address}  (Ctrl-C ends it)", flush=True)
-            if OPEN_BROWSER:
-                threading.Thread(target=webbrowser.open, args=(self.address,), daemon=True).start()
-
-
 def make_server(model):
     """The server for the page, not started yet."""
-    gc.freeze()  # the collection after a visit, 0.3 s with all that the libraries made, need not look at what stays
-    # a page that has vanished is noticed by the missing answer to a ping
-    config = uvicorn.Config(
-        make_app(model), HOST, PORT, log_level="warning", ws_max_size=4096, ws_ping_interval=2, ws_ping_timeout=2
-    )
-    return Server(config)
+    app = web.make_app(functools.partial(Session, model), understand, welcome(), MAX_SESSIONS)
+    return web.Server(app, HOST, PORT, OPEN_BROWSER)
 
 
 def main():

@@ -14,6 +14,7 @@ from websockets.sync.client import connect
 
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support.run_files import ROOT
+from support.web import NotUnderstood
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -53,7 +54,7 @@ def serving(model, **constants):
 )  # fmt: skip
 def test_a_message_that_the_page_does_not_send_is_not_understood(message):
     demo = edit("demo")
-    with pytest.raises(demo.NotUnderstood):
+    with pytest.raises(NotUnderstood):
         demo.understand(message)
 
 
