@@ -20,7 +20,6 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,77 +79,72 @@ def answer_for(action, car):
     return answer_of(action)
 
 
-class Settings(NamedTuple):
-    """How an episode is driven and labelled: the constants, for worker processes, which import this file anew."""
+def make_env(track_seed):
+    """The plain task without pictures, in which the driver is told things, does random ones, and is thrown about."""
+    env = Throws(car_racing_env.make_env(draw=False), THROWN, THROWN, SPED_UP)
+    env = car_racing_env.Instructed(env, functools.partial(instructions.draw, share=TOLD_SHARE), CHANGE)
+    return PrivilegedState(RandomBursts(env, track_seed, BURST_START, BURST_LONGEST))
 
-    policy: str = POLICY
-    answer_by: str = ANSWER_BY
-    keep: float = KEEP
-    burst_start: float = BURST_START
-    burst_longest: int = BURST_LONGEST
-    thrown: float = THROWN
-    sped_up: float = SPED_UP
-    told_share: float = TOLD_SHARE
-    change: float = CHANGE
-    dreamed: int = DREAMED
-    varied: float = VARIED
-    asked: int = ASKED
-    stuck_limit: int = STUCK_LIMIT
+
+def dream(driving, split, rng):
+    """DREAMED things that the driver of a frame could have been told, the first what it was told, if anything.
+
+    Where an instruction leads it must be obeyed, too. `driving` and what is returned, a list, are `instructions.Told`.
+    """
+    told, varied = [], VARIED if split == "taught" else 0.0
+    for i in range(DREAMED):
+        phrasings = "held_out" if split == "both" and i % 2 else "taught"
+        if i == 0 and driving.name:
+            told.append(instructions.say(driving.name, rng, phrasings, varied))
+        else:
+            told.append(instructions.draw(rng, phrasings, varied_share=varied))
+    return told
+
+
+def decide(model, frame, sentences):
+    """What the model does in a frame when told each of some sentences: the simulator's actions."""
+    logits, _ = model(np.stack([frame] * len(sentences)), sentences)
+    return to_simulator(logits.argmax(1))
 
 
 @torch.no_grad()
-def collect_episode(track_seed, settings, split="taught"):
+def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_BY):
     """Drive one track; returns the frames kept and their metadata rows, nothing if the car got stuck.
 
     `split` says which phrasings are used: "taught", some of them varied, or "both" in turn, as they are. Everything
     random comes from the track seed, so the dataset does not depend on the number of workers.
     """
-    teacher, model = load_drivers(settings.policy)
-    rng, varied = np.random.default_rng([track_seed, 4]), settings.varied if split == "taught" else 0.0
-    env = Throws(car_racing_env.make_env(draw=False), settings.thrown, settings.thrown, settings.sped_up)
-    draw = functools.partial(instructions.draw, share=settings.told_share)
-    env = car_racing_env.Instructed(env, draw, settings.change)
-    env = PrivilegedState(RandomBursts(env, track_seed, settings.burst_start, settings.burst_longest))
+    teacher, model = load_drivers(policy)
+    env, rng = make_env(track_seed), np.random.default_rng([track_seed, 4])
     base = env.unwrapped
     _, info = env.reset(seed=track_seed)
     frames, rows, slow, end = [], [], 0, ""
     while not end:
-        driving, kept = env.get_wrapper_attr("told"), rng.random() < settings.keep
+        driving, kept = env.get_wrapper_attr("told"), rng.random() < KEEP
         frame = base.draw() if kept or model else None
-        told = []
-        for i in range(settings.dreamed if kept else 0):
-            how = {"split": "held_out" if split == "both" and i % 2 else "taught", "varied_share": varied}
-            in_force = i == 0 and driving.name  # where an instruction leads it must be obeyed, too
-            told.append(instructions.say(driving.name, rng, **how) if in_force else instructions.draw(rng, **how))
+        told = dream(driving, split, rng) if kept else []
         state, car = info["state"], read_state(info["state"])
         plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
         if model:
-            told_model = [driving.sentence]
-            if kept and settings.answer_by == "policy":
-                told_model += ["", *(x.sentence for x in told)]
-            action, *said = to_simulator(model(np.stack([frame] * len(told_model)), told_model)[0].argmax(1))
-            if said:
-                plain, *dreamed = said
+            action = decide(model, frame, [driving.sentence])[0]
+            if kept and answer_by == "policy":
+                plain, *dreamed = decide(model, frame, ["", *(x.sentence for x in told)])
         if kept:
             number = round(base.t * FPS) - 1
-            row = {
-                "file_name": f"{track_seed:06d}_{number:04d}.png",
-                "text": answer_for(plain, car),
-                "prompt": PROMPT,
-            }
+            row = {"file_name": f"{track_seed:06d}_{number:04d}.png", "text": answer_for(plain, car), "prompt": PROMPT}
             row |= {"action": int(plain), "track_seed": track_seed, "frame": number}
             row["told"] = [
-                {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dream, car)}
-                for x, dream in zip(told, dreamed)
+                {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dreamt, car)}
+                for x, dreamt in zip(told, dreamed)
             ]
-            row["asked"] = questions.draw(rng, questions.describe(car, env.get_wrapper_attr("road")), settings.asked)
+            row["asked"] = questions.draw(rng, questions.describe(car, env.get_wrapper_attr("road")), ASKED)
             rows.append(row)
             frames.append(frame)
         _, _, terminated, truncated, info = env.step(int(action))
         end = car_racing_env.episode_end(terminated, truncated, info)
         moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or driving.target.speed == 0
         slow = 0 if moving else slow + FRAME_SKIP
-        if slow >= settings.stuck_limit:
+        if slow >= STUCK_LIMIT:
             return [], []
     return frames, rows
 
@@ -160,7 +154,7 @@ def collect_split(run_jobs, folder, tracks, num_frames):
     folder.mkdir(parents=True)
     rows, stuck = [], 0
     split = "both" if folder.name == "validation" else "taught"
-    collect = functools.partial(collect_episode, settings=Settings(), split=split)
+    collect = functools.partial(collect_episode, split=split, policy=POLICY, answer_by=ANSWER_BY)
     with tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar:
         for frames, new_rows in run_jobs(collect, tracks):
             stuck += not frames

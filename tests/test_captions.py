@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import COLLECT
 from test_GitText2ActionWithPrompt import inputs, randomize
 from torch import nn
 from torch.nn import functional as F
 
 import captions
 import train_git_lora_carllava_style as stage2
-from collect_captions import Settings, collect_episode
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from instructions import WISH_QUESTION, is_held_out, target
 from phrasings import INSTRUCTIONS, WORDINGS
@@ -19,7 +19,7 @@ from targets import RACE
 from teacher import load_teacher, make_evaluation_env
 
 WISHES = {"Keep left.": "Keep left.", "Speed thirty.": "Drive at speed thirty."}
-QUIET = Settings(keep=0.05, burst_start=0.0, thrown=0.0, told_share=0.0, dreamed=4, asked=2)
+QUIET = dict(KEEP=0.05, BURST_START=0.0, THROWN=0.0, TOLD_SHARE=0.0, DREAMED=4, ASKED=2)
 
 
 @torch.no_grad()
@@ -38,32 +38,32 @@ def assert_captions(frames, rows, driven=None):
             assert all(told[x["about"]] == x["text"] and x["question"] in QUESTIONS[x["about"]] for x in asked)
             targets = [RACE if x["instruction"] == "garbled" else target(x["instruction"]) for x in row["told"]]
             assert [ANSWERS[x["text"]] for x in row["told"]] == teacher.act(info["state"][None], targets).tolist()
-            assert len(asked) == QUIET.asked and len(targets) == QUIET.dreamed
+            assert len(asked) == QUIET["ASKED"] and len(targets) == QUIET["DREAMED"]
         obs, *_, info = env.step(said if driven is None else driven)
     assert not kept
 
 
-def test_an_episode_is_what_the_simulator_draws_and_the_teacher_does():
-    assert_captions(*collect_episode(7, QUIET))
+def test_an_episode_is_what_the_simulator_draws_and_the_teacher_does(script):
+    assert_captions(*script(COLLECT, **QUIET).collect_episode(7))
 
 
-def test_a_policy_drives_and_the_teacher_answers(toy_model, tmp_path):
+def test_a_policy_drives_and_the_teacher_answers(toy_model, tmp_path, script):
     """DAgger: the policy only accelerates, off the field; the teacher says where it would have turned."""
     nn.init.constant_(toy_model.policy_head[2].bias[1], 100.0)
     toy_model.save_policy(tmp_path / "gas")
-    driven = QUIET._replace(policy=str(tmp_path / "gas"), keep=0.2)
-    frames, rows = collect_episode(7, driven)
+    collect = script(COLLECT, **QUIET | {"KEEP": 0.2}).collect_episode
+    frames, rows = collect(7, policy=tmp_path / "gas")
     assert_captions(frames, rows, driven=ANSWERS["Accelerate"])
-    assert {row["text"] for row in collect_episode(7, driven._replace(answer_by="policy"))[1]} == {"Accelerate"}
+    assert {row["text"] for row in collect(7, policy=tmp_path / "gas", answer_by="policy")[1]} == {"Accelerate"}
     nn.init.constant_(toy_model.policy_head[2].bias[4], 200.0)
     toy_model.save_policy(tmp_path / "brake")
-    assert collect_episode(7, driven._replace(policy=str(tmp_path / "brake"))) == ([], [])  # stuck
+    assert collect(7, policy=tmp_path / "brake") == ([], [])  # stuck
 
 
-def test_an_episode_under_an_instruction_repeats():
+def test_an_episode_under_an_instruction_repeats(script):
     """Every frame has what is said all the way, in phrasings of its own, before what is dreamed; splits in turn."""
-    told_one_thing = Settings(keep=0.1, told_share=1.0, change=0.0)
-    (frames, rows), again = (collect_episode(11, told_one_thing, "both") for _ in range(2))
+    told_one_thing = script(COLLECT, KEEP=0.1, TOLD_SHARE=1.0, CHANGE=0.0)
+    (frames, rows), again = (told_one_thing.collect_episode(11, "both") for _ in range(2))
     assert np.array_equal(again[0], frames) and again[1] == rows
     first, second = ({row["told"][i]["instruction"] for row in rows} for i in (0, 1))
     assert len(first) == 1 and len(second) > 5 and len({row["told"][0]["sentence"] for row in rows}) > 5
