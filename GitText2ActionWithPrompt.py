@@ -57,12 +57,19 @@ def to_simulator(actions):
 
 
 def answer_of(action, probabilities=None):
-    """The answer that the simulator's action `action` is; of several the most probable one, or without them the first.
+    """The answer that stands for a simulator's action.
 
-    `probabilities` are those of all answers in their order.
+    Of several the most probable, by the `probabilities` of all answers in their order; without them the first.
     """
     answers = [answer for answer, index in ANSWERS.items() if index == action]
-    return max(answers, key=dict(zip(ANSWERS, probabilities)).get) if probabilities else answers[0]
+    if not probabilities:
+        return answers[0]
+    return max(answers, key=dict(zip(ANSWERS, probabilities)).get)
+
+
+def differs(answer, action):
+    """Whether an answer, which may be None, or any words, says something else than the simulator's action."""
+    return answer is not None and ANSWERS.get(answer) != action
 
 
 def task():
@@ -199,8 +206,10 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def load_trained(self, weights, file):
         """Load what `trained_parameters` returned; BadInput names `file` if it is of another model."""
-        ours, theirs = ({name: p.shape for name, p in x.items()} for x in (self.trained_parameters(), weights))
-        check_same(file, theirs, ours | dict.fromkeys(theirs.keys() - ours.keys()), "rerun ppo_git_with_prompt.py")
+        ours = {name: p.shape for name, p in self.trained_parameters().items()}
+        theirs = {name: p.shape for name, p in weights.items()}
+        unexpected = dict.fromkeys(theirs.keys() - ours.keys())
+        check_same(file, theirs, ours | unexpected, "rerun ppo_git_with_prompt.py")
         self.load_state_dict(weights, strict=False)
 
     def prepare(self):

@@ -30,10 +30,12 @@ class Rewards:
     """What training adds to the task's reward. None of it can reach an evaluation.
 
     To a driver that discounts, 10 % more speed is worth some 10 points, to the task less than 1: it would hurry and
-    make mistakes. So a mistake costs ten times what the task charges for it.
+    make mistakes. So mistakes cost several times what the task charges for them.
     """
 
-    clip: float = 10.0  # bound on the task's reward per decision; at 1 two tiles, 3.5 each, would pay like one
+    # bound on the task's reward per decision; at 1 two tiles, 3.5 each, would pay like one; of its -100 for leaving the
+    # field it leaves 10, which few cars reach before they end on grass
+    clip: float = 10.0
     grass_limit: int = 50  # frames with all four wheels on grass before the episode ends
     grass_penalty: float = 300.0  # subtracted by that end
     miss_penalty: float = 100.0  # subtracted for each tile left behind; the first one costs the lap, some 30 points
@@ -42,8 +44,8 @@ class Rewards:
     thrown_grace: int = 300  # frames after a throw that turned the car: neither grass nor missed tiles cost anything
     progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
     facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
-    # under an instruction: a speed that is kept pays in place of the tiles, about as much as racing does, and none left
-    # behind costs; being off the side asked for costs; both are per two frames, for errors from 0 to 1
+    # told a speed, keeping it pays in place of the tiles, about what racing pays, and no tile left behind costs; told a
+    # side, being off it costs; both are per two frames, times an error from 0 to 1
     speed_kept: float = 2.4
     side_left: float = 3.0
 
@@ -141,7 +143,8 @@ class TrainingRewards(gym.Wrapper):
         road, before = self.get_wrapper_attr("road"), self.travelled
         self.travelled = road.travelled
         limit = float(self.frame_skip)  # tiles: faster than any car
-        progress, pairs = float(np.clip(road.travelled - before, -limit, limit)), self.frame_skip / 2
+        progress = float(np.clip(road.travelled - before, -limit, limit))
+        pairs = self.frame_skip / 2  # of frames
         reward = self.rewards.progress * progress - pairs * self.rewards.side_left * target.side_error(road.offset)
         if target.speed is not None:  # the speed along the road: neither standing nor going the wrong way pays
             speed = progress * stock.TRACK_DETAIL_STEP * FPS / self.frame_skip

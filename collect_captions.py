@@ -31,6 +31,7 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 import questions
+import teacher as teacher_file
 from car_racing_env import FPS, FRAME_SKIP, TRAIN_TRACKS
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, answer_of, to_simulator
 from perturbations import RandomBursts, Throws
@@ -87,9 +88,9 @@ def make_env(track_seed):
 
 
 def dream(driving, split, rng):
-    """DREAMED things that the driver of a frame could have been told, the first what it was told, if anything.
+    """DREAMED things that the driver of a frame could have been told: a list of `instructions.Told`.
 
-    Where an instruction leads it must be obeyed, too. `driving` and what is returned, a list, are `instructions.Told`.
+    The first is what it was told, `driving`, if anything: where an instruction leads, the answers under it are needed.
     """
     told, varied = [], VARIED if split == "taught" else 0.0
     for i in range(DREAMED):
@@ -173,8 +174,9 @@ def collect_split(run_jobs, folder, tracks, num_frames):
     return rows, stuck
 
 
-def contact_sheet(rows, folder, path, columns=8):
+def contact_sheet(rows, folder, path):
     """A picture of evenly spread frames of every answer, each with its answer written below."""
+    columns = 8
     lines = [[row for row in rows if row["text"] == answer] for answer in ANSWERS]
     chosen = [row for line in lines if line for row in plots.spread(line, columns)]
     frames = [np.asarray(Image.open(folder / row["file_name"])) for row in chosen]
@@ -201,7 +203,8 @@ def main():
     facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER), "instructions": instructions.digest()}
     weights = sorted((ROOT / POLICY).glob("*.safetensors"))  # none where the teacher drives
     facts |= {f"driver_{path.stem}_hash": run_files.file_hash(path) for path in weights}
-    run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
+    modules = (model_file, car_racing_env, perturbations, teacher_file)
+    run = run_files.describe_run(globals(), *map(vars, modules), **facts)
     print(
         f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/, 2 to "
         "6 minutes for 47,000 of the teacher's on two CPU cores; the shipped sample: git checkout CarRacing-Data"

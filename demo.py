@@ -29,7 +29,7 @@ import film
 import instructions
 import questions
 from car_racing_env import FPS, FRAME_SKIP
-from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of, differs
 from phrasings import INSTRUCTIONS
 from support import checks, web
 from support.run_files import ROOT
@@ -114,7 +114,7 @@ class Drive(film.Drive):
             return
         action, answer, probabilities = self.decide()
         self.facts = {"answer": answer, "action": answer_of(action, probabilities), "probabilities": probabilities}
-        self.facts["differs"] = answer is not None and ANSWERS.get(answer) != action
+        self.facts["differs"] = differs(answer, action)
         self.step(action)
 
     def show(self, attention):
@@ -160,14 +160,15 @@ class Session(threading.Thread):
             changed = self.obey()
             if self.again:
                 self.begin()
-            if not self.paused or changed:
-                for drive in self.drives if not self.paused else []:
+            if not self.paused:
+                for drive in self.drives:
                     drive.advance()
+            if changed or not self.paused:
                 shown = [drive.show(self.attention) for drive in self.drives]
                 self.send({"drives": shown, "track": self.track, "told": self.told, "paused": self.paused})
             over = all(drive.end for drive in self.drives)
             due = max(due + FRAME_SKIP / FPS * (5 if over else 1), time.monotonic())
-            time.sleep(due - time.monotonic() if due > time.monotonic() else 0)
+            time.sleep(max(0.0, due - time.monotonic()))
 
     def close(self):
         """End the simulators, each a cycle of references that holds 10 MB and that Python would collect late."""

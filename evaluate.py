@@ -2,8 +2,8 @@
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
 words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json, the instruction
-in its name if there is one, and, if asked, a video; another POLICY or MODEL replaces them unless RESULTS_DIR differs,
-too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
+in its name if there is one, and, if asked, a video; a run with another POLICY or MODEL replaces them unless RESULTS_DIR
+is another one, too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
 """
@@ -136,14 +136,9 @@ DRIVERS = {
     "answers": lambda: Answers(GitText2ActionWithPrompt.from_pretrained(MODEL), INSTRUCTION),
     "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY), INSTRUCTION),
 }
-WEIGHTS = {
-    "teacher": TEACHER,
-    "answers": f"{MODEL}/adapter_model.safetensors",
-    "policy": f"{POLICY}/policy.safetensors",
-}
 
 
-def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=True):
+def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP):
     """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
     `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only
@@ -153,7 +148,7 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP, progress=
     tracks = list(tracks)
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))
     shares = [tracks[i::num_workers] for i in range(num_workers)]
-    bar = tqdm(total=len(tracks), unit="track", disable=not progress, leave=False)
+    bar = tqdm(total=len(tracks), unit="track", leave=False)
     with contextlib.ExitStack() as stack:
         pool, scores = stack.enter_context(ThreadPoolExecutor(num_workers)), {}
         makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs, len(tracks))
@@ -216,8 +211,13 @@ def score(driver, tracks):
 def describe(name, tracks):
     """What a measurement notes of a driver of DRIVERS and of its tracks: a dict; a base has no hash."""
     facts = {"tracks": [tracks[0], tracks[-1]]}
-    if name in WEIGHTS:
-        weights = Path(WEIGHTS[name])
+    files = {
+        "teacher": TEACHER,
+        "answers": f"{MODEL}/adapter_model.safetensors",
+        "policy": f"{POLICY}/policy.safetensors",
+    }
+    if name in files:
+        weights = Path(files[name])
         facts["folder"] = str(weights.parent)
         if (ROOT / weights).exists():
             facts["weights_hash"] = run_files.file_hash(ROOT / weights)

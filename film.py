@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import questions
 from car_racing_env import FPS, FRAME_SKIP, episode_end
-from GitText2ActionWithPrompt import ANSWERS, answer_of
+from GitText2ActionWithPrompt import ANSWERS, answer_of, differs
 from support.checks import BadInput
 from teacher import make_evaluation_env
 
@@ -156,9 +156,8 @@ def compose(frame, prompt, answer, scene, action, probabilities, speed, total):
     text((12, 404), prompt, fill=grey)
     if answer is not None:
         draw.text((12, 430), f"“{answer}”", fill=white, font=ImageFont.load_default(30))
-    differs = answer is not None and ANSWERS.get(answer) != ANSWERS[action]
     text((12, 466), scene, fill=grey)
-    text((12, 486), f"action   {action}", fill=orange if differs else white)
+    text((12, 486), f"action   {action}", fill=orange if differs(answer, ANSWERS[action]) else white)
     text((12, 508), f"speed    {speed:.0f}", fill=grey)
     text((12, 530), f"return   {total:.0f}", fill=grey)
     for i, name in enumerate(ANSWERS if probabilities else ()):

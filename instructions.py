@@ -25,19 +25,15 @@ from phrasings import (
 from support.checks import BadInput
 from targets import RACE, Target, random_target
 
-COMBINATION_SHARE = 0.3  # how often one of COMBINATIONS is drawn, relative to the instructions' shares
-GARBLED_SHARE = 0.03  # how often words of random letters, under which the driver races
+COMBINATION_WEIGHT = 0.3  # how often one of COMBINATIONS is drawn, relative to the instructions' weights
+GARBLED_WEIGHT = 0.03  # how often words of random letters, under which the driver races
 # how often a sentence that names the other side is said in training, relative to the others: said as often, neither
 # "left" nor "right" tells much by itself, and LoRA had not learned which is which (LOG.md)
 INDIRECT = 0.4
 SMALL_WORDS = {"a", "an", "the", "here", "now", "please"}  # which varied sentences drop or add
 SMALL_TALK_SHARE = 0.15  # of varied sentences that come with one about something else
 
-# asked after an instruction: about the words alone, `wish` answers it; about the words and the picture, `fit` answers
-# it
-WISH_QUESTION = "What do I want?"
-FIT_QUESTION = "Is it as I want it?"
-FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units, in the steps of questions.py, that are no complaint
+WISH_QUESTION = "What do I want?"  # asked after an instruction; `wish` answers it from the words alone
 
 HELD_OUT_NAMES = {f"speed {word}" for word in HELD_OUT_SPEEDS}
 SPEED_NAMES = {f"speed {word}" for word in SPEEDS | HELD_OUT_SPEEDS}
@@ -99,10 +95,11 @@ def varied(sentence, rng):
     if before and words[0] != "I":
         words[0] = words[0].lower()
     said = " ".join(filter(None, [before, *words, after])).rstrip(",") + sentence[-1]
-    said = [said[0].upper() + said[1:]]
+    said = said[0].upper() + said[1:]
     if rng.random() < SMALL_TALK_SHARE:
-        said.insert(rng.integers(2), phrase("chatter", rng))
-    said = " ".join(said)
+        small_talk_first = rng.integers(2) == 0
+        small_talk = phrase("chatter", rng)
+        said = f"{small_talk} {said}" if small_talk_first else f"{said} {small_talk}"
     return sentence if is_held_out("", said) else said
 
 
@@ -130,16 +127,16 @@ def draw_target(rng, share):
 
 
 def draw(rng, split="taught", share=1.0, varied_share=0.0):
-    """A random instruction, by the shares of the instructions, of combinations and of garbled words.
+    """A random instruction, by the weights of the instructions, of combinations and of garbled words.
 
     With probability 1 - `share` nothing; `varied_share` of the sentences are said as somebody else might.
     """
     if rng.random() >= share:
         return NOTHING
-    shares = {name: instruction.share for name, instruction in INSTRUCTIONS.items()}
-    shares |= {"combination": COMBINATION_SHARE, "garbled": GARBLED_SHARE}
-    odds = np.array([*shares.values()])
-    name = str(rng.choice([*shares], p=odds / odds.sum()))
+    weights = {name: instruction.weight for name, instruction in INSTRUCTIONS.items()}
+    weights |= {"combination": COMBINATION_WEIGHT, "garbled": GARBLED_WEIGHT}
+    odds = np.array([*weights.values()])
+    name = str(rng.choice([*weights], p=odds / odds.sum()))
     if name == "combination":
         name = str(rng.choice(sorted(COMBINATIONS)))
     return say(name, rng, split, varied_share)
@@ -168,18 +165,6 @@ def wish(name):
     if name in ("chatter", "garbled"):
         return "Nothing."
     return " ".join(INSTRUCTIONS[part].taught[0] for part in parts(name))
-
-
-def fit(target, speed, offset):
-    """The answer to FIT_QUESTION under a target; `speed` and `offset` are taken in the steps of questions.py."""
-    said = []
-    offset = questions.OFFSET_PACE * round(offset / questions.OFFSET_PACE)
-    speed = max(questions.SPEED_STEP * round(speed / questions.SPEED_STEP), 0)
-    if target.side is not None and abs(offset - target.side) > FIT_SIDE:
-        said.append(f"The car is too far {'right' if offset > target.side else 'left'}.")
-    if target.speed is not None and abs(speed - target.speed) > FIT_SPEED:
-        said.append(f"The car is too {'fast' if speed > target.speed else 'slow'}.")
-    return " ".join(said) or "Yes."
 
 
 def taught_sentences():
@@ -220,14 +205,14 @@ def is_held_out(name, sentence):
 
 
 def digest():
-    """A short hash of phrasings, targets and shares, by which a run says which instructions it had.
+    """A short hash of phrasings, targets and weights, by which a run says which instructions it had.
 
-    Held-out sentences, SMALL_WORDS and the two questions about an instruction are not in it.
+    Held-out sentences, SMALL_WORDS and the question about an instruction are not in it.
     """
-    said = {name: (i.target.speed, i.target.side, i.taught, i.share) for name, i in INSTRUCTIONS.items()}
+    said = {name: (i.target.speed, i.target.side, i.taught, i.weight) for name, i in INSTRUCTIONS.items()}
     said |= {
         "combinations": sorted(COMBINATIONS),
         "wordings": WORDINGS,
-        "shares": [COMBINATION_SHARE, GARBLED_SHARE, SMALL_TALK_SHARE, INDIRECT],
+        "shares": [COMBINATION_WEIGHT, GARBLED_WEIGHT, SMALL_TALK_SHARE, INDIRECT],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

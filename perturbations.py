@@ -10,7 +10,7 @@ from road import move_car
 
 THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
 THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
-SPED_UP = 0.7  # share of the throws that only give it one of these speeds, in its direction
+SPED_UP = 0.7  # share of the throws that only give it one of these speeds, in its direction; stage 1 has its own
 SPED_UP_TO = (60.0, 95.0)  # units per second: the teacher reaches 79, gas and nothing else 94
 
 
@@ -60,7 +60,8 @@ class Throws(gym.Wrapper):
         return obs, info
 
     def step(self, action):
-        thrown, self.due = self.due or self.rng.random() < self.chance, False
+        thrown = self.due or self.rng.random() < self.chance
+        self.due = False
         if thrown:
             thrown = self.throw()
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -73,7 +74,8 @@ class Throws(gym.Wrapper):
             direction = np.array([-np.sin(car.hull.angle), np.cos(car.hull.angle)])
             move_car(car, 0.0, velocity=rng.uniform(*SPED_UP_TO) * direction)
             return False
-        turn, shift, velocity = rng.uniform(-np.pi, np.pi), np.zeros(2), None
+        turn = rng.uniform(-np.pi, np.pi)
+        shift, velocity = np.zeros(2), None
         if rng.random() < 0.5:
             across = np.array([np.cos(road.heading), np.sin(road.heading)])
             shift = across * (rng.uniform(-THROWN_BESIDE, THROWN_BESIDE) - road.offset)

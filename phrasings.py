@@ -21,7 +21,7 @@ class Instruction(NamedTuple):
     target: Target
     taught: tuple
     held_out: tuple
-    share: float = 0.12
+    weight: float = 0.12
 
 
 def sentences(text):
@@ -153,7 +153,7 @@ INSTRUCTIONS = {
             He has a beautiful book. I forgot the coffee. My brothers live in Paris. Do you know my mother? Look at
             the small house. Milk is good.
         """),
-        share=0.03,
+        weight=0.03,
     ),
 }
 INSTRUCTIONS["right"] = Instruction(
@@ -182,7 +182,7 @@ for word, speed in (SPEEDS | HELD_OUT_SPEEDS).items():
         Target(speed=speed),
         tuple(phrasing.format(word) for phrasing in SPEED_PHRASINGS),
         tuple(phrasing.format(word) for phrasing in HELD_OUT_SPEED_PHRASINGS),
-        share=0.0 if word in HELD_OUT_SPEEDS else 0.02,
+        weight=0.0 if word in HELD_OUT_SPEEDS else 0.02,
     )
 
 # a speed and a side: one sentence for each, in either order; "slow right" asks for what "speed twenty right", taught,
@@ -194,7 +194,7 @@ COMBINATIONS = {
     for side in ("left", "middle", "right")
 } - HELD_OUT_COMBINATIONS
 
-# the plain question in other words; the last is none at all: who asks nothing wants nothing else
+# the plain question in other words; the last is empty: who asks nothing wants nothing else
 WORDINGS = sentences("""
     What should the vehicle do in this scenario? What should the car do now? What should the driver do here?
     What shall the vehicle do next? What would you do now? What do you do in this situation? What is to be

@@ -47,7 +47,7 @@ CHANGE = 0.008  # chance per decision that it is told something else; three time
 THROWN = 0.001  # chance per decision, and at the start, of a throw (perturbations.py); a turned car is not charged
 TOTAL_UPDATES = 48  # x NUM_ENVS x NUM_STEPS x FRAME_SKIP frames
 K_EPOCHS = 5
-MINIBATCH_SIZE = 256  # decisions of each process; a step is that of the union; fewer for a large base that trains
+MINIBATCH_SIZE = 256  # decisions of each process; under torchrun gradients are averaged; fewer if a large base trains
 WARMUP_UPDATES = 3  # the value learns alone first: a policy that drives already has much to lose
 LEARNING_RATE = 3e-4  # falls linearly to a tenth; 5e-4 on a warm policy collapsed in one update
 VALUE_LEARNING_RATE = 1e-3
@@ -56,9 +56,9 @@ GAE_LAMBDA = 0.95
 CLIP = 0.2
 ENTROPY_COEF = 0.0
 KL_COEF = 0.01  # pull towards the prior: the model's answers, or with LANGUAGE_PRIOR = 0 an even spread
-VALUE_COEF = 0.5  # with TRAIN_LORA; frozen features are not shared, and VALUE_LEARNING_RATE decides
+VALUE_COEF = 0.5  # the heads share no weights, but the bound on their gradients, and with TRAIN_LORA the LoRA
 MAX_GRAD_NORM = 0.5
-AVERAGE = 0.9  # decay per update of the averaged weights, which are evaluated and kept
+EMA_DECAY = 0.9  # per update, of the averaged weights, which are evaluated and kept
 NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted return
 
 TRAIN_LORA = False  # also train a fresh LoRA on the merged backbone: slower by the backbone's backward pass
@@ -138,9 +138,11 @@ def explained_variance(value, returns):
 def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0, draw=instructions.draw):
     """A context with the training environments, a list of `Simulators`; enter it before torch starts its threads."""
     instructed = {"draw_instruction": draw, "change": CHANGE, "thrown": THROWN}
-    make = functools.partial(car_racing_env.make_training_env, rewards=rewards, frame_skip=frame_skip)
-    settings = [instructed if i < INSTRUCTED_SHARE * num_envs else {} for i in range(num_envs)]
-    makers = [functools.partial(make, seed * 10_000 + rank * num_envs + i, **x) for i, x in enumerate(settings)]
+    makers = []
+    for i in range(num_envs):
+        env_seed = seed * 10_000 + rank * num_envs + i
+        told = instructed if i < INSTRUCTED_SHARE * num_envs else {}
+        makers.append(functools.partial(car_racing_env.make_training_env, env_seed, rewards, frame_skip, **told))
     return processes.simulators(makers, "SAME_STEP", NUM_WORKERS)
 
 
@@ -156,9 +158,11 @@ def rollout(envs, obs, generator, model, num_steps):
     Returns the next `obs`, a dict of tensors (T, N, ...), the finished episodes as pairs `(decision, facts)`, and what
     was told and whether it was done as pairs `(kind, obeyed)`; kind is None or "" where nothing was.
     """
-    steps, sentences, followed, episodes, obedience = [], [], {}, [], []
+    steps, sentences, episodes, obedience = [], [], [], []
+    cut_values = {}  # of what followed a decision, where the next row is of another episode or instruction
     for t in range(num_steps):
-        features, answer_log_probs = model.encode(*obs)
+        frames, told = obs
+        features, answer_log_probs = model.encode(frames, told)
         dropout = model.draw_dropout(envs.num_envs, generator)
         logits, value = model.head(features, answer_log_probs, dropout)
         log_probs = logits.log_softmax(-1)
@@ -166,26 +170,26 @@ def rollout(envs, obs, generator, model, num_steps):
         step = {"features": features, "answer_log_probs": answer_log_probs, "dropout": dropout, "action": action}
         step |= {"log_prob": log_probs.gather(1, action[:, None])[:, 0], "value": value}
         if model.trains_lora:  # its features change: what they are made of is kept
-            step["frames"] = torch.from_numpy(obs[0].copy())
-        sentences.append(obs[1])
-        frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
-        ended, told = terminated | truncated, obs[1]
-        obs = observe(frames, infos)
-        changed = ~ended & [now != before for now, before in zip(obs[1], told)]  # what was told is cut off
+            step["frames"] = torch.from_numpy(frames.copy())
+        sentences.append(told)
+        next_frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
+        obs, ended = observe(next_frames, infos), terminated | truncated
+        told_anew = np.array([now != before for now, before in zip(obs[1], told)])
+        changed = told_anew & ~ended
         for name, x in {"reward": reward, "terminated": terminated, "done": ended | changed}.items():
             step[name] = torch.as_tensor(x, dtype=torch.float32, device=model.device)
         steps.append(step)
         obedience += zip(infos.get("kind", ()), infos.get("obeyed", ()))
         for i in np.flatnonzero(changed | (truncated & ~terminated)):  # the road goes on
-            last_frame = infos["final_obs"][i] if ended[i] else frames[i]
-            followed[t, i] = model(last_frame[None], told[i])[1][0]
+            last_frame = infos["final_obs"][i] if ended[i] else next_frames[i]
+            cut_values[t, i] = model(last_frame[None], told[i])[1][0]
         for i in np.flatnonzero(ended):
             facts = {name: x[i] for name, x in infos["final_info"]["episode_summary"].items() if name[0] != "_"}
             episodes.append((t, facts))
     data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     data["instructions"] = np.array(sentences, dtype=object)
     data["next_value"] = (1 - data["done"]) * torch.cat([data["value"][1:], model(*obs)[1][None]])
-    for step, value in followed.items():
+    for step, value in cut_values.items():
         data["next_value"][step] = value
     return obs, data, episodes, obedience
 
@@ -219,7 +223,8 @@ def compute_loss(model, batch, mean_advantage, warming_up):
 def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
     """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    totals, steps, rounding = {}, 0, 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16 rounds by batch size
+    rounding = 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16 rounds by batch size
+    totals, steps = {}, 0
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
             minibatch = {name: x[rows] for name, x in batch.items()}
@@ -241,8 +246,12 @@ def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=F
 def make_optimizer(model):
     """Adam with a learning rate of its own for the policy head, the value head and, if there is one, the LoRA."""
     rates = {"policy_head": LEARNING_RATE, "value_head": VALUE_LEARNING_RATE, "lora_": LORA_LEARNING_RATE}
-    groups = [([p for name, p in model.named_parameters() if part in name], rate) for part, rate in rates.items()]
-    return torch.optim.Adam([{"params": p, "lr": rate, "peak_lr": rate} for p, rate in groups if p], eps=1e-5)
+    groups = []
+    for part, rate in rates.items():
+        parameters = [p for name, p in model.named_parameters() if part in name]
+        if parameters:  # without TRAIN_LORA there is no LoRA
+            groups.append({"params": parameters, "lr": rate, "peak_lr": rate})
+    return torch.optim.Adam(groups, eps=1e-5)
 
 
 def train(
@@ -297,7 +306,7 @@ def train(
         diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up)
         torch.set_num_threads(TORCH_THREADS)
         for name, p in model.trained_parameters().items():
-            average[name].lerp_(p, 1 - AVERAGE)
+            average[name].lerp_(p, 1 - EMA_DECAY)
         seconds = time.time() - began
         diagnostics["explained_variance"] = explained_variance(batch["value"], batch["returns"])
         diagnostics["decisions_per_second"] = accelerator.num_processes * len(batch["value"]) / seconds

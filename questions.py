@@ -57,9 +57,9 @@ def spelled(text):
     return re.sub(r"(?<![\d.,])(100|\d\d?)(?!\d|[.,]\d)", lambda match: number(match[0]), text)
 
 
-def fives(value):
-    """The nearest multiple of five, from 0 to 100, in words."""
-    return number(5 * np.clip(round(abs(value) / 5), 0, 20))
+def rounded(value, step):
+    """The size of `value` in words, as the nearest multiple of `step` from 0 to 100."""
+    return number(step * np.clip(round(abs(value) / step), 0, 100 // step))
 
 
 def paces(value, pace, place, zero):
@@ -88,14 +88,15 @@ def describe(car, road):
     def bend(start, end):
         """How the road bends between two of the next tiles."""
         before, after = (road.track[(road.tile + i) % len(road.track), 1] for i in (start, end))
-        manner = graded(np.degrees(np.angle(np.exp(-1j * (after - before)))), *BENDS)
+        turn = (before - after + np.pi) % (2 * np.pi) - np.pi  # right is positive
+        manner = graded(np.degrees(turn), *BENDS)
         return f"bends {manner}" if manner else "goes straight on"
 
     heading, grass = np.degrees(np.arctan2(car.sin_heading, car.cos_heading)), 4 - int(car.wheels_on_road.sum())
     if abs(car.forward) < SPEED_STEP / 2:
         manner = "stands still"
     else:
-        manner = f"drives at speed {fives(car.forward)}" if car.forward > 0 else "rolls back"
+        manner = f"drives at speed {rounded(car.forward, SPEED_STEP)}" if car.forward > 0 else "rolls back"
     if grass in (0, 4):
         on_grass = "The whole car is on the grass." if grass else "No, all wheels are on the road."
     else:
@@ -103,8 +104,8 @@ def describe(car, road):
     if abs(heading) > 90:
         points_to = "backwards"
     else:
-        side = "left" if heading < 0 else "right"
-        points_to = f"{fives(heading)} degrees to the {side}" if fives(heading) != "zero" else "along the road"
+        side, degrees = "left" if heading < 0 else "right", rounded(heading, 5)
+        points_to = "along the road" if degrees == "zero" else f"{degrees} degrees to the {side}"
     return {
         "speed": f"The car {manner}.",
         "offset": f"The car is {paces(car.offset, OFFSET_PACE, 'the middle', 'in the middle')}.",

@@ -38,7 +38,7 @@ class Target:
         )
 
     def speed_error(self, speed):
-        """0 at the speed asked for, 1 from 80 units per second beside it on; steep close to it."""
+        """0 at the speed asked for, growing with the square root of the error to 1 at 80 units per second."""
         return 0.0 if self.speed is None else (min(abs(speed - self.speed), 80.0) / 80) ** 0.5
 
     def side_error(self, offset):

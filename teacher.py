@@ -17,7 +17,7 @@ from support.run_files import ROOT
 from targets import RACE, SIDE, SPEED_SCALE, TARGET_SIZE, Target
 
 TEACHER = "offline/teacher.safetensors"
-GAS_GOVERNOR = 20.0  # added to the logit of gas, at most
+GAS_GOVERNOR = 20.0  # added to the logit of gas, at most; taken from the brake's where the car faces backwards
 BRAKE_GOVERNOR = 60.0  # added to that of the brake; 20 was too little against a net that had learned to coast on at 40
 TOLERATED = 2.0  # units per second above the speed asked for that are not braked away: coasting does not get slower
 BACKWARDS = -0.7  # cosine of the heading against the road below which a car faces the wrong way
@@ -25,7 +25,7 @@ CRAWL = 4.0  # units per second: slower is standing
 RACE_LIMIT = 85.0  # units per second: it needs no more, and who copies it must see it brake (LOG.md)
 CRUISE = 45.0  # units per second, at most, when told a side and no speed: a racing line needs the whole road
 SIDE_GOVERNOR = 20.0  # added to the logits of right and left, at most
-SHARPNESS = 10.0  # of it, per radian between the car's heading and the point it aims at
+SHARPNESS = 10.0  # of its tanh, per radian between the car's heading and the point it aims at
 DAMPING = 0.1  # seconds: a car that already turns there is steered less
 
 
@@ -41,8 +41,9 @@ class PrivilegedState(gym.Wrapper):
         return obs, reward, terminated, truncated, info | {"state": encode_state(self)}
 
 
-def mlp(inputs, outputs, hidden_size=192):
+def mlp(inputs, outputs):
     """Two hidden layers."""
+    hidden_size = 192
     return nn.Sequential(
         nn.Linear(inputs, hidden_size),
         nn.Tanh(),

@@ -47,12 +47,13 @@ MIN_FRAMES = 1_000  # fewer training frames are the shipped sample, not a datase
 LORA_RANK = 32
 LORA_ALPHA = 64
 EPOCHS = 3
-WISHES = 0.5  # share of the questions about the scene in whose place the wish behind an instruction is asked for
-REWORDED = 0.4  # share of the plain texts, and half of it of those under an instruction, that ask in other words
+WISHES = 0.5  # share of the questions about the scene in whose place WISH_QUESTION is asked
+REWORDED = 0.4  # share of the plain texts that ask in other words; half that share of those under an instruction
 BATCH_SIZE = 128  # 16 for microsoft/git-base on one GPU
 LEARNING_RATE = 2e-3  # 1e-4 for microsoft/git-base: a pretrained base wants far less
 WEIGHT_DECAY = 0.0
 WARMUP = 0.05  # share of the steps, then a cosine to zero
+MAX_GRAD_NORM = 1.0
 
 MAY_CHANGE = {"RESUME", "DATA_DIR", "MORE_DATA", "OUTPUT_DIR", "RESULTS_DIR", "CHECKPOINT_DIR", "MIN_FRAMES"}
 
@@ -97,7 +98,8 @@ def validate(model, data, batch_size):
 
     That is the teacher's answer by the generated answer to the plain question, the last column for words that are no
     answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings,
-    `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those to the questions about the scene.
+    `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those to the questions about the scene. The
+    loss is over `all_texts`, another mixture than training's: compare it between epochs only.
     """
     model.prepare()  # the answers are those of the weights as they are now
     collate, answers = Collator(model.processor, all_texts), list(ANSWERS)
@@ -130,14 +132,14 @@ def summarize(confusion):
     return metrics | {f"recall_{answer.lower().replace(' ', '_')}": float(x) for answer, x in zip(ANSWERS, recalls)}
 
 
-def metadata_files():
-    """Of the training captions."""
-    return [ROOT / folder / "train" / "metadata.jsonl" for folder in (DATA_DIR, *MORE_DATA)]
+def training_folders():
+    """The datasets whose training split is learned."""
+    return [ROOT / folder for folder in (DATA_DIR, *MORE_DATA)]
 
 
 def load_data():
     """The two splits, of frames that were collected for this task."""
-    folders = [ROOT / folder for folder in (DATA_DIR, *MORE_DATA)]
+    folders = training_folders()
     for folder in folders:
         task = checks.read_json(folder / checkpoints.TASK_FILE, "run collect_captions.py first")
         checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
@@ -170,7 +172,8 @@ def make_trainer(git, processor, data, report):
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
+        warmup_steps=WARMUP,  # below 1 it is a share of all steps
+        max_grad_norm=MAX_GRAD_NORM,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         save_strategy="epoch",
@@ -219,7 +222,7 @@ def main():
     else:
         git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
     checkpoints.check_lora(git)
-    data_hash = " ".join(map(run_files.file_hash, metadata_files()))
+    data_hash = " ".join(run_files.file_hash(folder / "train/metadata.jsonl") for folder in training_folders())
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
     inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}
     run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)

@@ -2,8 +2,9 @@
 
 Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at
 will. At the end it prints `table()`. The discount per frame and the frames per update are the same in every run, and
-the frames in all but "half as many frames". In first_model/ are runs of 150,000 frames on the first model, whose last
-weights were scored, not their average.
+the frames in all but "half as many frames". At another frame skip what is per decision stays so: GAE_LAMBDA, the
+clipped reward, the chances of throws and of another instruction. In first_model/ are runs of 150,000 frames on the
+first model, whose last weights were scored, not their average.
 
     python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 90 to 110
 """
@@ -57,7 +58,7 @@ def run(changes, seed):
 
 def table(folder=OUTPUT):
     """The runs in `folder` as a Markdown table, and for each seed the difference to "as it is"."""
-    found = {name: runs.load(folder, name) for name in CHANGES}
+    found = {name: runs.load(folder, f"{name}_") for name in CHANGES}
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     lines = [
         f"| change | {seeds} | mean ± std over seeds | difference from as it is, each seed |",

@@ -37,7 +37,7 @@ class Watched:
         said = [answers.index(text) if text in answers else -1 for text in self.model.answer(frames)]
         decisions = list(zip(said, scores.argmax(1).tolist(), action.tolist()))
         self.decisions += decisions
-        self.frames += [(x.copy(), said, done) for x, (said, _, done) in zip(frames, decisions) if said != done]
+        self.frames += [(x.copy(), word, done) for x, (word, _, done) in zip(frames, decisions) if word != done]
         return to_simulator(action)
 
 
@@ -71,6 +71,7 @@ def main():
         "score": evaluate.summarize(scores),
         "tracks": [TRACKS[0], TRACKS[-1]],
         "policy": POLICY,
+        "weights_hash": run_files.file_hash(ROOT / POLICY / "policy.safetensors"),
     }
     names, chosen = [*ANSWERS, "no answer"], plots.spread(watched.frames, PICTURES)
     captions = [f"says {names[said]}, does {names[done]}" for _, said, done in chosen]

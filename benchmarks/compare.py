@@ -1,6 +1,5 @@
 """Run a peer and us alternately in one process and keep the median ratio in results.json."""
 
-import json
 import time
 from pathlib import Path
 
@@ -33,8 +32,7 @@ def record(claim, measure, peer, ours, **note):
     `peer` and `ours` are lists, one cost a round: time or memory, less is better.
     """
     ratios = np.array(peer) / np.array(ours)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[claim] = {
+    row = {
         "median_ratio": round(float(np.median(ratios)), 2),
         "ratio_range": [round(float(ratios.min()), 2), round(float(ratios.max()), 2)],
         f"peer_{measure}": round(float(np.median(peer)), 3),
@@ -42,5 +40,5 @@ def record(claim, measure, peer, ours, **note):
         **note,
         **run_files.run_facts(),
     }
-    run_files.write_json(RESULTS, results)
-    print(f"{claim}: {results[claim]['median_ratio']}x {results[claim]['ratio_range']}", flush=True)
+    run_files.add_to_json(RESULTS, {claim: row})
+    print(f"{claim}: {row['median_ratio']}x {row['ratio_range']}", flush=True)

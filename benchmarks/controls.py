@@ -209,7 +209,7 @@ def run(arm, seed):
     load, facts = imitate(arm, data), {"arm": arm}
     torch.set_num_threads(evaluate.TORCH_THREADS)
     if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
-        hashes = [run_files.file_hash(path) for path in stage2.metadata_files()]
+        hashes = [run_files.file_hash(folder / "train/metadata.jsonl") for folder in stage2.training_folders()]
         facts |= {"captions": len(data), "data_hash": " ".join(hashes)}
         facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
     draw = functools.partial(instructions.draw, share=float(arm in TOLD))
@@ -220,10 +220,10 @@ def run(arm, seed):
     return facts | {"seconds": round(time.time() - began)}
 
 
-def load_runs(folder=OUTPUT):
+def load_runs():
     """Runs that are there, by arm and seed; those of the adapter that ships under "the adapter that ships"."""
-    found = {arm: runs.load(folder, arm) for arm in COLORS}
-    found["the adapter that ships"] = {seed: row for seed, row in seeds.load().items() if seed in SEEDS}
+    found = {arm: runs.load(OUTPUT, f"{arm}_") for arm in COLORS}
+    found["the adapter that ships"] = {seed: row for seed, row in runs.load(seeds.OUTPUT).items() if seed in SEEDS}
     return {arm: rows for arm, rows in found.items() if rows}
 
 
@@ -252,7 +252,7 @@ def table(found):
         cells.append(minus_words(by_seed, found.get("words", {})))
         cells.append(f"{np.mean([row['laps_finished_percent'] for row in rows]):.0f} %")
         told = [row["obeyed"] for row in rows if "obeyed" in row]
-        shares = [[x["obeyed"] for rows in told for x in rows if x["group"] == group] for group in groups]
+        shares = [[x["obeyed"] for rows_told in told for x in rows_told if x["group"] == group] for group in groups]
         cells += [f"{100 * np.mean(share):.1f} %" if share else "" for share in shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -276,7 +276,7 @@ def draw(found, path):
 def main():
     for seed in SEEDS:
         for arm in ARMS:
-            runs.once(OUTPUT / f"{arm}_seed{seed}.json", functools.partial(run, arm, seed))
+            runs.once(OUTPUT / f"{arm}_seed{seed}.json", functools.partial(run, arm, seed), globals(), vars(stage2))
     found = load_runs()
     print(table(found))
     draw(found, OUTPUT.with_suffix(".png"))

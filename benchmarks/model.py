@@ -93,7 +93,9 @@ def compare_answer(name, git, model, frames, times):
 def git_of_base_size(image_size):
     """git-base's configuration, its 30,522 words included, with random weights."""
     torch.manual_seed(0)
-    return GitForCausalLM(GitConfig(vision_config={"image_size": image_size})).eval()
+    git = GitForCausalLM(GitConfig(vision_config={"image_size": image_size})).eval()
+    git.git.image_encoder.config._attn_implementation = "sdpa"  # as `load_base` has it: the peer's faster one
+    return git
 
 
 class PerSample(torch.utils.data.Dataset):

@@ -1,8 +1,9 @@
 """Which driver obeys? Each instruction, in taught and in other words, in mid-drive on tracks held out.
 
-A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by targets.py.
-Every track hears a phrasing of its own. In some drives it is told to stop and later to drive on, in others two things
-that contradict each other. Writes benchmarks/obedience.json, a part for each driver, and obedience.png.
+A drive is plain for WHEN decisions, then the driver is told something; whether it obeyed is judged by targets.py. The
+tracks hear the phrasings in turn, those of a combination at random. In some drives it is told to stop and later to
+drive on, in others two things that contradict each other. Writes benchmarks/obedience.json, a part for each driver, and
+obedience.png.
 
     python -m benchmarks.obedience      # 10 minutes a driver on two CPU cores
 """
@@ -81,7 +82,7 @@ def judge(target, results, when):
 
 
 def sentences(name, group, count):
-    """A phrasing for each track: the first of the split, the second, and so on."""
+    """A phrasing for each track: the first of the split, the second, and so on; of a combination any."""
     rng = np.random.default_rng(0)
     split = "held_out" if group == "held_out" else "taught"
     if name in INSTRUCTIONS:
@@ -195,9 +196,8 @@ def main():
     rows += [measure_contradiction(driver, names) for names in CONTRADICTIONS if reads]
     for group in [*groups, "changed"]:
         print(f"{group}: {np.mean([row['obeyed'] for row in rows if row['group'] == group]):.1%} obeyed")
-    measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
-    measured[DRIVER] = {"rows": rows} | facts | {"seconds": round(time.time() - began)}
-    run_files.write_json(OUTPUT, measured)
+    measured = {"rows": rows} | facts | {"seconds": round(time.time() - began)}
+    measured = run_files.add_to_json(OUTPUT, {DRIVER: measured})
     draw(measured, OUTPUT.with_suffix(".png"))
 
 

@@ -14,6 +14,7 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def visit(address, until, said=()):
             if message["drives"][0]["end"]:
                 socket.send('{"restart": true}')
             if said and told is None and random.random() < 0.1:
-                told, asked = said.pop(), time.monotonic()
+                told, asked = said.pop(0), time.monotonic()
                 socket.send(json.dumps({"say": told}))
     return pictures, latencies
 
@@ -72,15 +73,10 @@ def resources(pid):
 
 def together(address, pid, count):
     """A row of what `count` visitors at once get and cost."""
-    rates, until = [], time.monotonic() + SECONDS
-    threads = [
-        threading.Thread(target=lambda: rates.append(len(visit(address, until)[0]) / SECONDS)) for _ in range(count)
-    ]
+    until = time.monotonic() + SECONDS
     cpu, *_ = resources(pid)
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as pool:
+        rates = list(pool.map(lambda _: len(visit(address, until)[0]) / SECONDS, range(count)))
     used, memory, _ = resources(pid)
     time.sleep(6)  # until these sessions have ended
     row = {"sessions": count, "pictures_per_second": round(float(np.mean(rates)), 1), "slowest": round(min(rates), 1)}
@@ -119,6 +115,7 @@ def main():
         time.sleep(0.5)
     else:
         raise checks.BadInput("the page's server ended, see above")
+    time.sleep(6)  # until that session has ended
     threads = resources(server.pid)[2]
     rows = [together(address, server.pid, count) for count in SESSIONS]
     said = [f"{'Keep left' if i % 2 else 'Drive slowly'}, {i}." for i in range(SENTENCES)]

@@ -61,11 +61,10 @@ def measure(driver):
 
 def main():
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
     for name in DRIVERS:
         began, facts = time.time(), evaluate.describe(name, TRACKS)
-        measured[name] = measure(evaluate.DRIVERS[name]()) | facts | {"seconds": round(time.time() - began)}
-        run_files.write_json(OUTPUT, measured)
+        measured = measure(evaluate.DRIVERS[name]()) | facts | {"seconds": round(time.time() - began)}
+        run_files.add_to_json(OUTPUT, {name: measured})
 
 
 if __name__ == "__main__":

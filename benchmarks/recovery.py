@@ -1,11 +1,11 @@
 """Turned round in mid-drive: who comes back?
 
 The car of a driver on its lap is turned by any angle, its velocity with it. It has come back when it is 15 tiles
-further along the road's direction within 440 frames; tiles that were never visited before do not count, as the wrong
-way has them too. Some come back to another stretch of the road, the far side of a hairpin, which the picture shows as
-well: these short cuts, that cost the lap, are counted by themselves too. Beside it the same drives of a car that only
-coasts after the turn: turned by less than 90 degrees it often rolls on far enough. Writes benchmarks/recovery.json, a
-part for each driver.
+further along the road's direction within 440 frames; newly visited tiles would not tell, as a car that drives the wrong
+way visits new ones, too. Some come back to another stretch of the road, the far side of a hairpin, which the picture
+shows as well: these short cuts, that cost the lap, are counted by themselves too. Beside it the same drives of a car
+that only coasts after the turn: turned by less than 90 degrees it often rolls on far enough. Writes
+benchmarks/recovery.json, a part for each driver.
 
     python -m benchmarks.recovery      # 8 minutes for the teacher on two slow CPU cores
 """
@@ -75,8 +75,7 @@ def main():
         shares = {name: round(float(x[group].mean()), 3) for name, x in outcomes.items()}
         row[f"{low}-{high} degrees"] = {"drives": int(group.sum())} | shares
         print(f"{low}-{high} degrees, {group.sum()} drives: {shares}")
-    measured = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
-    run_files.write_json(OUTPUT, measured | {DRIVER: row | facts | {"seconds": round(time.time() - began)}})
+    run_files.add_to_json(OUTPUT, {DRIVER: row | facts | {"seconds": round(time.time() - began)}})
 
 
 if __name__ == "__main__":

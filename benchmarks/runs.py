@@ -10,12 +10,13 @@ import car_racing_env
 import evaluate
 import GitText2ActionWithPrompt as model_file
 import instructions
+import perturbations
 import ppo_git_with_prompt as ppo
 from car_racing_env import FRAME_SKIP
 from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
-MODULES = (ppo, model_file, car_racing_env)  # whose constants a run notes
+MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -55,16 +56,17 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
     return facts | {"seconds": round(time.time() - began)}, driver
 
 
-def once(path, run):
+def once(path, run, *namespaces):
     """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
 
-    Says which constants a run that is there had otherwise.
+    Says which constants a run that is there had otherwise: those of MODULES and of `namespaces`, `vars()` of others.
     """
     if path.exists():
-        made, now = checks.read_json(path).get("constants", {}), run_files.constants_of(*map(vars, MODULES))
-        now = [(name, x, made[file].get(name, x)) for file in now.keys() & made for name, x in now[file].items()]
-        other = sorted(name for name, x, before in now if x != before and name not in ppo.MAY_CHANGE)
-        if other:
+        made = checks.read_json(path).get("constants", {})
+        now = run_files.constants_of(*map(vars, MODULES), *namespaces)
+        files = now.keys() & made
+        changed = {name for file in files for name, x in now[file].items() if made[file].get(name, x) != x}
+        if other := sorted(changed - ppo.MAY_CHANGE):
             print(f"{path.stem} was run with another {', '.join(other)}: move it away to run it anew")
     else:
         print(path.stem, flush=True)
@@ -74,9 +76,9 @@ def once(path, run):
             print(f"{path.stem} is left out: {error}", flush=True)
 
 
-def load(folder, name):
-    """The runs `<name>_seed<n>.json` that are there, by seed."""
-    found = [checks.read_json(path) for path in folder.glob(f"{name}_seed*.json")]
+def load(folder, name=""):
+    """The runs `<name>seed<n>.json` that are there, by seed."""
+    found = [checks.read_json(path) for path in folder.glob(f"{name}seed*.json")]
     return {row["seed"]: row for row in sorted(found, key=lambda row: row["seed"])}
 
 

@@ -54,7 +54,7 @@ class Curve(BaseCallback):
     def average(self):
         """Let the average follow the weights, as it does after each of our updates."""
         for average, p in zip(self.averaged.parameters(), self.model.policy.parameters(), strict=True):
-            average.data.lerp_(p.data, 1 - ppo.AVERAGE)
+            average.data.lerp_(p.data, 1 - ppo.EMA_DECAY)
 
     def _on_step(self):
         return True
@@ -89,7 +89,7 @@ def run(seed):
     agent.get_env().close()
     curve.average()
     facts = {"arm": NAME, "seed": seed, "frames": agent.num_timesteps * FRAME_SKIP, "curve": curve.rows}
-    facts["constants"] = run_files.constants_of(globals(), vars(ppo))
+    facts["constants"] = run_files.constants_of(globals(), *map(vars, runs.MODULES))
     facts["stable_baselines3"] = stable_baselines3.__version__
     facts |= runs.final_score(Driver(curve.averaged), controls.TRACKS)
     return facts | {"seconds": round(time.time() - began)}
@@ -97,7 +97,7 @@ def run(seed):
 
 def main():
     for seed in controls.SEEDS:
-        runs.once(controls.OUTPUT / f"{NAME}_seed{seed}.json", functools.partial(run, seed))
+        runs.once(controls.OUTPUT / f"{NAME}_seed{seed}.json", functools.partial(run, seed), globals())
 
 
 if __name__ == "__main__":

@@ -29,23 +29,18 @@ QUARTER, HALF = (47_000, 42_000, 24_000), (22_000, 22_000, 22_000, 30_500, 30_50
 CAPTIONS = [*((kept, 0.25) for kept in QUARTER), *((kept, 0.5) for kept in HALF)]
 
 
-def interval(returns, share=0.95, resamples=RESAMPLES, seed=0):
-    """Bounds of the mean of returns (seeds, tracks): seeds and tracks are resampled with replacement, each by itself.
+def interval(returns):
+    """95 % bounds of the mean of returns (seeds, tracks).
 
-    This is the pigeonhole bootstrap (Owen 2007, doi 10.1214/07-AOAS122). Resampling the pairs alone would take the
-    seeds' share of the spread for noise of the tracks: too narrow.
+    Seeds and tracks are resampled with replacement, each by itself: the pigeonhole bootstrap (Owen 2007, doi
+    10.1214/07-AOAS122). Resampling the pairs alone would take the seeds' share of the spread for noise of the tracks:
+    too narrow.
     """
-    rng, (seeds, tracks) = np.random.default_rng(seed), returns.shape
+    rng, (seeds, tracks) = np.random.default_rng(0), returns.shape
     means = [
-        returns[rng.integers(seeds, size=seeds)][:, rng.integers(tracks, size=tracks)].mean() for _ in range(resamples)
+        returns[rng.integers(seeds, size=seeds)][:, rng.integers(tracks, size=tracks)].mean() for _ in range(RESAMPLES)
     ]
-    return np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
-
-
-def load(folder=OUTPUT):
-    """The runs that are there, by seed."""
-    runs_there = map(checks.read_json, sorted(folder.glob("seed*.json"), key=lambda path: int(path.stem[4:])))
-    return {row["seed"]: row for row in runs_there}
+    return np.quantile(means, [0.025, 0.975])
 
 
 def summarize(rows):
@@ -95,7 +90,7 @@ def run(seed):
 def main():
     for seed in SEEDS:
         runs.once(OUTPUT / f"seed{seed}.json", functools.partial(run, seed))
-    rows = load()
+    rows = runs.load(OUTPUT)
     print(table(rows))
     for name, value in (summarize(rows) | {"frames": frames()}).items():
         print(f"{name}: {value}")

@@ -49,7 +49,7 @@ def bar(frames, rng):
 
 
 def blob(frames, rng):
-    """A red disc of 14 pixels across in the upper right quarter."""
+    """A red disc of 15 pixels across in the upper right quarter."""
     frames = frames.copy()
     y, x = np.mgrid[:96, :96]
     frames[:, (y - 25) ** 2 + (x - 68) ** 2 <= 49] = (200, 60, 60)
@@ -83,7 +83,9 @@ def main():
             f"{shift.__name__}: " + ", ".join(f"{n} {x['mean']:.1f} ± {x['std']:.1f}" for n, x in scores.items()),
             flush=True,
         )
-    facts = {"tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY} | run_files.run_facts()
+    facts = {"tracks": [TRACKS[0], TRACKS[-1]], "policy": POLICY}
+    facts["weights_hash"] = run_files.file_hash(ROOT / POLICY / "policy.safetensors")
+    facts |= run_files.run_facts()
     run_files.write_json(OUTPUT, {"shifts": results} | facts)
 
 

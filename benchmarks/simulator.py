@@ -100,7 +100,7 @@ def worker(make, skip, drives, pipe):
 
 
 def two_workers(make, skip, drives):
-    """Rounds of two processes that step at the same time; yields the mean ms per frame and process, over two."""
+    """Rounds of two processes at the same time; yields half the mean of their ms a frame, as they make two at once."""
     pipes = []
     for _ in range(2):
         ours, theirs = multiprocessing.Pipe()
@@ -126,7 +126,7 @@ def two_of_envpool(envpool):
         yield 1e3 * (time.perf_counter() - began) / (2 * FRAMES)
 
 
-def alternate(peer, ours):
+def in_turns(peer, ours):
     """Costs of ROUNDS alternating rounds after one to warm up."""
     pairs = [(next(peer), next(ours)) for _ in range(compare.ROUNDS + 1)]
     return zip(*pairs[1:])
@@ -135,13 +135,13 @@ def alternate(peer, ours):
 def main():
     torch.set_num_threads(1)
     drives = [record_drive(track, START + FRAMES) for track in TRACKS]
-    costs = alternate(timed_drive(stock_env(), 1, drives), timed_drive(car_racing_env.make_env(1), 1, drives))
+    costs = in_turns(timed_drive(stock_env(), 1, drives), timed_drive(car_racing_env.make_env(1), 1, drives))
     identical = check_identity()
     compare.record(
         "drawn frame: FastCarRacing vs Gymnasium CarRacing", "ms_per_frame", *costs, identical_frames=identical
     )
     ours = two_workers(car_racing_env.make_env, FRAME_SKIP, drives)
-    costs = alternate(two_workers(plain_skip_env, FRAME_SKIP, drives), ours)
+    costs = in_turns(two_workers(plain_skip_env, FRAME_SKIP, drives), ours)
     compare.record("frame, skip 2, two workers: ours vs Gymnasium with a plain skip", "ms_per_frame", *costs)
     try:
         import envpool
@@ -149,7 +149,7 @@ def main():
         return
     note = f"EnvPool {envpool.__version__}: C++, two threads, continuous actions, other pixels, every frame drawn; "
     note += "steering swings left and right"
-    costs = alternate(two_of_envpool(envpool), ours)
+    costs = in_turns(two_of_envpool(envpool), ours)
     compare.record("frame, skip 2, two workers: ours vs EnvPool CarRacing-v3", "ms_per_frame", *costs, note=note)
 
 

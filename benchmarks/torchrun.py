@@ -22,8 +22,7 @@ OUTPUT = Path(__file__).with_suffix(".json")
 def main():
     facts, _ = runs.run(functools.partial(GitText2ActionWithPrompt.from_pretrained, ppo.MODEL), ppo.SEED, TRACKS)
     if "mean" in facts:  # the first process
-        rows = checks.read_json(OUTPUT) if OUTPUT.exists() else {}
-        run_files.write_json(OUTPUT, rows | {str(facts["processes"]): facts})
+        run_files.add_to_json(OUTPUT, {str(facts["processes"]): facts})
         print("{processes} processes: {frames_per_second} frames a second, {mean:.1f}".format(**facts))
 
 

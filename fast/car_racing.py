@@ -21,7 +21,7 @@ GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in
 
 
 class FastCarRacing(stock.CarRacing):
-    """Gymnasium's `CarRacing` with the same constructor, physics, rewards and pixels, drawn faster or not at all.
+    """`CarRacing` with the same constructor.
 
     The stock class transforms some 700 polygons a frame in Python, and pygame draws the visible 20 pixel by pixel; here
     `rasterizer.py` does both. The picture is narrowed before it is flipped, since narrowing works row by row; surfaces
@@ -37,7 +37,8 @@ class FastCarRacing(stock.CarRacing):
 
     def draw(self):
         """Draw the last undrawn step as the stock class would have, uint8 (96, 96, 3)."""
-        reward, self.reward, drawing, self.drawing = self.reward, self._score, self.drawing, True
+        reward, drawing = self.reward, self.drawing
+        self.reward, self.drawing = self._score, True
         self.state = self._render("state_pixels")
         self.reward, self.drawing = reward, drawing
         return self.state
@@ -67,7 +68,7 @@ class FastCarRacing(stock.CarRacing):
             self._score = self.reward
             if not self.drawing:
                 return None
-        if mode != "state_pixels" or "t" not in self.__dict__ or self._dials_overflow():
+        if mode != "state_pixels" or self._dials_overflow():
             return super()._render(mode)
         scene, instruments, narrow, upside_down, bar = self._surfaces
         zoom = 0.1 * stock.SCALE * max(1 - self.t, 0) + stock.ZOOM * stock.SCALE * min(self.t, 1)

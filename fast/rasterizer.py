@@ -70,7 +70,7 @@ def fill(pixels, x, y, color):
 
 @njit(cache=True)
 def draw_edge(pixels, x1, y1, x2, y2, color):
-    """One antialiased line without its last pixel."""
+    """One antialiased line without its last pixel, but a horizontal or vertical one with it."""
     visible, x1, y1, x2, y2 = clip(x1, y1, x2, y2, pixels.shape[1] - 1, pixels.shape[0] - 1)
     if not visible:
         return

@@ -74,7 +74,7 @@ def fill_gains(text):
 
     def cells(name):
         if name.endswith("ten seeds"):
-            ten = np.mean([row["returns"] for row in seeds.load().values()], 0)
+            ten = np.mean([row["returns"] for row in runs.load(seeds.OUTPUT).values()], 0)
             pairs = [(ten, returns("test", "before_ppo"))]
         else:
             pairs = [(returns(split, "policy"), returns(split, peers[name])) for split in SPLITS]
@@ -117,9 +117,9 @@ def fill_obedience(text):
         return [percent(np.mean(obeyed)) if obeyed else "" for obeyed in each]
 
     def shares(name):
-        new = (name not in obedience.CASES["taught"]) and "new"
-        columns = [(driver, group) for driver in ("answers", "policy") for group in ("taught", new or "held_out")]
-        columns += [("policy", "nothing"), ("teacher", new or "taught")]
+        not_taught, teachers = ("new", "new") if name in obedience.NEW else ("held_out", "taught")
+        columns = [(driver, group) for driver in ("answers", "policy") for group in ("taught", not_taught)]
+        columns += [("policy", "nothing"), ("teacher", teachers)]
         return [percent(rows[*column, name]) if (*column, name) in rows else "" for column in columns]
 
     return fill("| instruction |", shares, fill("| obeyed, share", means, text))
@@ -257,7 +257,7 @@ def fill_runs(text):
     text = replace("## Whole runs", ablations.table(), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     found = controls.load_runs()
-    several = {"PPO": seeds.load()} | {name: found.get(arm, {}) for name, arm in CONTROLS.items()}
+    several = {"PPO": runs.load(seeds.OUTPUT)} | {name: found.get(arm, {}) for name, arm in CONTROLS.items()}
     text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
     text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
     return replace("## What words add", controls.table(found), text)

@@ -34,7 +34,7 @@ from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from instructions import draw_target
 from perturbations import RandomBursts, Throws
-from questions import describe
+from questions import OFFSET_PACE, SPEED_STEP, describe
 from road import read_state
 from support import cards, checks, processes, run_files
 from support.run_files import ROOT
@@ -58,6 +58,8 @@ SPED_UP = 0.3  # share of the throws that only make it fast; if few turn it, it 
 TOLD_SHARE = 0.5  # of the time it drives under a target
 CHANGE = 0.01  # chance per decision that the target changes
 STUCK_LIMIT = 60  # decisions with all wheels on grass that end an episode
+FIT_QUESTION = "Is it as I want it?"  # asked after an instruction; words and picture answer it
+FIT_SPEED, FIT_SIDE = 2.6, 1.2  # units per second and units beside what is wanted that are no complaint
 NUM_WORKERS = 2
 
 IMAGE_SIZE = 96
@@ -132,6 +134,18 @@ def words_of(texts):
     return {word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}
 
 
+def fit(target, speed, offset):
+    """The answer to FIT_QUESTION under a target; `speed` and `offset` count in the steps of questions.py."""
+    said = []
+    offset = OFFSET_PACE * round(offset / OFFSET_PACE)
+    speed = max(SPEED_STEP * round(speed / SPEED_STEP), 0)
+    if target.side is not None and abs(offset - target.side) > FIT_SIDE:
+        said.append(f"The car is too far {'right' if offset > target.side else 'left'}.")
+    if target.speed is not None and abs(speed - target.speed) > FIT_SPEED:
+        said.append(f"The car is too {'fast' if speed > target.speed else 'slow'}.")
+    return " ".join(said) or "Yes."
+
+
 def make_processor(answers=()):
     """WordPiece over the words of questions, answers, instructions and task, and the whole alphabet.
 
@@ -141,8 +155,8 @@ def make_processor(answers=()):
     texts += {answer for row in answers for answer in row.values()}
     texts += [questions.number(n) for n in range(101)]
     texts += sorted(instructions.taught_sentences() | instructions.held_out_sentences()) + [PROMPT, *ANSWERS]
-    texts += [instructions.WISH_QUESTION, instructions.wish("garbled"), instructions.FIT_QUESTION]
-    texts += [instructions.fit(Target(30.0, 0.0), speed, side) for speed, side in ((0, -9), (99, 9), (30, 0))]
+    texts += [instructions.WISH_QUESTION, instructions.wish("garbled"), FIT_QUESTION]
+    texts += [fit(Target(30.0, 0.0), speed, side) for speed, side in ((0, -9), (99, 9), (30, 0))]
     letters = string.ascii_lowercase + string.digits
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *letters]
     vocabulary += [f"##{letter}" for letter in letters]
@@ -180,15 +194,16 @@ class Texts:
     """The rows `[CLS] question answer [SEP]` of frames and questions; answers are numbers of a table."""
 
     def __init__(self, tokenizer, answers):
-        self.pad, self.keys = tokenizer.pad_token_id, list(answers[0])
+        self.pad, self.about = tokenizer.pad_token_id, list(answers[0])
         table = {answer: None for row in answers for answer in row.values()}
         numbers = {answer: i for i, answer in enumerate(table)}
         self.endings = [model_file.ending_ids(tokenizer, answer) for answer in table]
         self.prompts = [
-            [model_file.prompt_ids(tokenizer, "", wording) for wording in questions.QUESTIONS[key]] for key in self.keys
+            [model_file.prompt_ids(tokenizer, "", wording) for wording in questions.QUESTIONS[key]]
+            for key in self.about
         ]
         self.counts = torch.tensor([*map(len, self.prompts)])
-        self.answers = np.array([[numbers[row[key]] for key in self.keys] for row in answers])
+        self.answers = np.array([[numbers[row[key]] for key in self.about] for row in answers])
 
     def draw_wordings(self, asked):
         """A random wording, by its index, for each of the questions `asked`, int64 (B, Q)."""
@@ -221,11 +236,11 @@ def wishes(tokenizer, told):
 
 def fits(tokenizer, told, motion):
     """Token ids and labels int64 (N, T): whether speed and offset, `motion` (N, 2), are as instructed."""
-    answers = [instructions.fit(x.target, *moves) for x, moves in zip(told, motion, strict=True)]
-    return told_texts(tokenizer, instructions.FIT_QUESTION, told, answers)
+    answers = [fit(x.target, *moves) for x, moves in zip(told, motion, strict=True)]
+    return told_texts(tokenizer, FIT_QUESTION, told, answers)
 
 
-def answer(model, frames, tokens):
+def read(model, frames, tokens):
     """Logits (B, Q, T, vocabulary) of texts (B, Q, T) on frames uint8 (B, 96, 96, 3), with gradients."""
     weights = git_forward.collect(model.git, model.processor.image_processor)
     return git_forward.read_texts(weights, model.pixels(frames), tokens.to(model.device))
@@ -246,20 +261,23 @@ def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     With QUESTIONS_PER_FRAME of the questions of each in any wording. After the instructions `told`, if there are any,
     it is asked WISHES times for each frame what is wanted, FITS times whether the car drives so.
     """
-    asked = torch.rand(len(rows), len(texts.keys)).argsort(1)[:, :QUESTIONS_PER_FRAME]
+    asked = torch.rand(len(rows), len(texts.about)).argsort(1)[:, :QUESTIONS_PER_FRAME]
     parts, counts = [texts(rows, asked, texts.draw_wordings(asked))], [QUESTIONS_PER_FRAME]
     if told:
         tokenizer, wished, moves = model.processor.tokenizer, WISHES * len(rows), motion[rows].repeat(FITS, 0)
         parts += [wishes(tokenizer, told[:wished]), fits(tokenizer, told[wished:], moves)]
         counts += [WISHES, FITS]
     longest = max(tokens.shape[-1] for tokens, _ in parts)
-    tokens, labels = (
-        torch.cat([F.pad(x, (0, longest - x.shape[-1]), value=value).view(len(rows), -1, longest) for x in part], 1)
-        for part, value in zip(zip(*parts), (texts.pad, -100))
-    )
-    logits = answer(model, frames[rows], tokens)  # the frames are seen once, whatever is asked
-    losses = map(git_forward.text_loss, logits.split(counts, 1), labels.split(counts, 1))
-    loss = sum(weight * loss for weight, loss in zip((1.0, WISH_WEIGHT, WISH_WEIGHT), losses))
+
+    def padded(x, value):
+        return F.pad(x, (0, longest - x.shape[-1]), value=value).view(len(rows), -1, longest)
+
+    tokens = torch.cat([padded(x, texts.pad) for x, _ in parts], 1)
+    labels = torch.cat([padded(x, -100) for _, x in parts], 1)
+    logits = read(model, frames[rows], tokens)  # the frames are seen once, whatever is asked
+    loss, *others = map(git_forward.text_loss, logits.split(counts, 1), labels.split(counts, 1))
+    for other in others:
+        loss = loss + WISH_WEIGHT * other
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.git.parameters(), MAX_GRAD_NORM)
@@ -273,18 +291,18 @@ def evaluate(model, frames, texts, motion):
     """Shares of wholly right answers, by question and to WISH_QUESTION and FIT_QUESTION; and the mean loss."""
     right, losses = [], []
     for rows in torch.arange(len(frames)).split(BATCH_SIZE):
-        asked = torch.arange(len(texts.keys)).expand(len(rows), -1)
+        asked = torch.arange(len(texts.about)).expand(len(rows), -1)
         tokens, labels = texts(rows, asked, texts.draw_wordings(asked))
-        logits = answer(model, frames[rows], tokens)
+        logits = read(model, frames[rows], tokens)
         losses.append(git_forward.text_loss(logits, labels).item())
         right.append(git_forward.exactly_right(logits, labels))
-    shares = dict(zip(texts.keys, torch.cat(right).float().mean(0).tolist()))
+    shares = dict(zip(texts.about, torch.cat(right).float().mean(0).tolist()))
     for split, phrasings in (("taught", "taught phrasings"), ("held_out", "phrasings never taught")):
         rng, moves = np.random.default_rng(0), motion[:BATCH_SIZE].repeat(QUESTIONS_PER_FRAME, 0)
         told, tokenizer = [instructions.draw(rng, split) for _ in moves], model.processor.tokenizer
         for name, said in (("wish", wishes(tokenizer, told)), ("fit", fits(tokenizer, told, moves))):
             tokens, labels = (x.unflatten(0, (-1, QUESTIONS_PER_FRAME)) for x in said)
-            right = git_forward.exactly_right(answer(model, frames[: len(tokens)], tokens), labels)
+            right = git_forward.exactly_right(read(model, frames[: len(tokens)], tokens), labels)
             shares[f"{name}, {phrasings}"] = right.float().mean().item()
     return {key: round(share, 3) for key, share in shares.items()}, float(np.mean(losses))
 

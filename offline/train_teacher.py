@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import car_racing_env
 import perturbations
+import teacher as teacher_file
 from instructions import draw_target
 from perturbations import RandomBursts, Throws
 from ppo_git_with_prompt import ReturnNormalizer, compute_gae, explained_variance, ppo_losses
@@ -66,7 +67,7 @@ REWARDS = dataclasses.replace(  # no ramp and no bonus: this critic knows how mu
 )
 
 LEARNING_RATE = 5e-4  # falls linearly to a fiftieth
-AVERAGE = 0.95  # decay per update of the averaged actor, which is evaluated and kept
+EMA_DECAY = 0.95  # per update, of the averaged actor, which is evaluated and kept
 GAMMA = 0.995  # per decision; 0.99 rewards haste, and haste is what misses tiles
 GAE_LAMBDA = 0.95
 CLIP = 0.2
@@ -279,14 +280,15 @@ def save_teacher(output, number, weights, row, parts, normalizer, run):
 
 
 def main():
-    output, run = ROOT / OUTPUT_DIR, run_files.describe_run(globals(), *map(vars, (car_racing_env, perturbations)))
+    output, modules = ROOT / OUTPUT_DIR, (car_racing_env, perturbations, teacher_file)
+    run = run_files.describe_run(globals(), *map(vars, modules))
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     actor, critic = Teacher(), Critic()
     actor.net[-1].weight.data *= 0.01
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=LEARNING_RATE, eps=1e-5)
     normalizer = ReturnNormalizer(NUM_WORKERS * ENVS_PER_WORKER, GAMMA)
-    average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    average = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "average": average}
     first = 1
     if RESUME:

@@ -1,17 +1,20 @@
 """The graphs of stages 2 and 3, drawn from their CSV files while they run.
 
 Reads RESULTS_DIR/lora_log.csv, reward_log.csv, update_log.csv and eval_log.csv. Writes lora_loss.png, reward_curve.png,
-ppo_losses.png and ppo_diagnostics.png beside them.
+ppo_losses.png and ppo_diagnostics.png beside them; for stages 1 and 2 and the benchmarks sheets of frames and
+lora_confusion.png.
 
     python -m support.plots      # draw them again
 """
+
+import io
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
 from support.checks import BadInput, run
-from support.run_files import ROOT, read_log
+from support.run_files import ROOT, read_log, write_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -45,13 +48,10 @@ def thousands(rows):
 
 def save(figure, path):
     """Write a picture that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, dpi=130, format="png")
-        partial.replace(path)
-    finally:
-        plt.close(figure)
-        partial.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    plt.close(figure)
+    write_file(path, picture.getvalue())
 
 
 def spread(items, count):
@@ -59,8 +59,9 @@ def spread(items, count):
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
-def draw_sheet(frames, captions, path, columns, size=192):
+def draw_sheet(frames, captions, path, columns):
     """Frames uint8 (96, 96, 3) in rows, a caption below each."""
+    size = 192
     rows, width, height = -(-len(frames) // columns), size + 4, size + 20
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -139,7 +140,7 @@ def draw_lora_loss(results):
     epochs = column(rows, "epoch")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left.plot(epochs, column(rows, "average_loss"), "o-", label="training, average of the epoch")
-    left.plot(epochs, column(rows, "validation_loss"), "o-", label="validation tracks")
+    left.plot(epochs, column(rows, "validation_loss"), "o-", label="validation tracks, other texts (not comparable)")
     left.set(title="LoRA's loss", xlabel="epoch", ylabel="cross-entropy per answer (nats a token)", ylim=(0, None))
     right.plot(epochs, 100 * column(rows, "exact_match"), "o-", color="tab:green", label="the model's answers")
     majority = 100 * column(rows, "majority_share")[-1]

@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -65,18 +64,6 @@ def workers(num_workers):
             pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def one_line_if_lost():
-    """Turn the loss of a simulator's process into BadInput."""
-    try:
-        yield
-    except (EOFError, ConnectionError):
-        raise BadInput(
-            "a simulator's process ended (killed, out of memory, or by an error shown above?): continue a PPO run with "
-            "RESUME = True; if it recurs start anew with a lower NUM_ENVS"
-        ) from None
-
-
 def simulate(pipe, env_fns, autoreset):
     """In a worker process: make environments, and do with them what is called through `pipe`."""
     start_worker()
@@ -95,16 +82,21 @@ class Simulators:
 
     def __init__(self, env_fns, autoreset):
         self.num_envs = len(env_fns)
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # a fork starts at once
+        context = multiprocessing.get_context("fork")  # it starts at once
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=simulate, args=(theirs, env_fns, autoreset))
         self.process.start()
         theirs.close()
 
     def _request(self, name, *args, **kwargs):
-        with one_line_if_lost():
+        try:
             self.pipe.send((name, args, kwargs))
             return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            raise BadInput(
+                "a simulator's process ended (killed, out of memory, or by an error shown above?): continue a PPO run "
+                "with RESUME = True; if it recurs start anew with a lower NUM_ENVS"
+            ) from None
 
     def reset(self, **kwargs):
         return self._request("reset", **kwargs)

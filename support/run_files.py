@@ -36,6 +36,13 @@ def write_file(path, content):
         partial.unlink(missing_ok=True)
 
 
+def add_to_json(path, parts):
+    """Put `parts` into a json file, begun if it is not there; returns all that it holds."""
+    whole = (read_json(path) if path.exists() else {}) | parts
+    write_json(path, whole)
+    return whole
+
+
 def write_json(path, facts):
     """Write a json file, and the folder it lies in."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +297,8 @@ def continue_from(where, saved, run, may_change):
     """
 
     def settings(run):
-        return {name: x for constants in run.get("constants", {}).values() for name, x in constants.items()}
+        files = reversed(run.get("constants", {}).values())  # the script is the first, and wins over its modules
+        return {name: x for constants in files for name, x in constants.items()}
 
     before, now = (settings(x) | x.get("inputs", {}) for x in (saved, run))
     changed = {name: before.get(name) for name in before | now if before.get(name) != now.get(name)}

@@ -43,7 +43,7 @@ def test_results_do_not_depend_on_the_number_of_environments():
         expected.append({"track_seed": track, "return": pytest.approx(car.total), "end": car.end})
     decisions = len(asked)
     for num_envs in (1, 2):
-        assert evaluate.evaluate(driver, tracks, num_envs, progress=False) == expected
+        assert evaluate.evaluate(driver, tracks, num_envs) == expected
     assert sum(asked) == 3 * decisions  # asked only where a car still drives
 
 
@@ -111,7 +111,7 @@ def test_a_drive_is_told_and_turned():
     assert (speed[39] > 20).all() and (speed[-1] < 2).all()
     assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
     assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
-    assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == (speed[115:] < 2).all(0).tolist()
+    assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == [1, 1]
 
 
 def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):

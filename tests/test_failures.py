@@ -173,7 +173,7 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_the_teacher_learns_and_goes_on(tmp_path):
+def test_the_teachers_training_is_logged_and_goes_on(tmp_path):
     toy = dict(
         OUTPUT_DIR=str(tmp_path), NUM_WORKERS=1, ENVS_PER_WORKER=2, NUM_STEPS=32, MINIBATCH_SIZE=32, EVAL_EVERY=1
     )

@@ -56,7 +56,7 @@ def test_the_saved_policy_scores_the_same(pipeline):
     """From its files alone, one environment at a time; and the file of the evaluation says so."""
     facts, policy = read_json(pipeline.results / "eval_policy_100000.json"), pipeline.results / "policy"
     driver = pipeline.evaluate.Policy(GitText2ActionWithPrompt.from_policy(policy))
-    again = pipeline.evaluate.evaluate(driver, [100_000, 100_001], 1, progress=False)
+    again = pipeline.evaluate.evaluate(driver, [100_000, 100_001], 1)
     assert [round(r["return"], 2) for r in again] == facts["returns"] and facts["tracks"] == [100_000, 100_001]
     assert facts["weights_hash"] == file_hash(policy / "policy.safetensors")
     summary = [function(facts["returns"]) for function in (np.mean, np.std, np.median, min, max)]

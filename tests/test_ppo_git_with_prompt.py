@@ -198,9 +198,9 @@ def test_while_the_value_warms_up_nothing_else_moves(run):
 
 
 def test_the_average_is_the_weighted_sum_of_all_updates(run):
-    """Each update's weights count AVERAGE of those of the next; the initial ones have what is left."""
+    """Each update's weights count EMA_DECAY of those of the next; the initial ones have what is left."""
     states = [state for *_, state in run]
-    weights = [ppo.AVERAGE**5, *((1 - ppo.AVERAGE) * ppo.AVERAGE**k for k in (4, 3, 2, 1, 0))]
+    weights = [ppo.EMA_DECAY**5, *((1 - ppo.EMA_DECAY) * ppo.EMA_DECAY**k for k in (4, 3, 2, 1, 0))]
     for name, average in states[-1]["average"].items():
         expected = sum(w * state["model"][name].double() for w, state in zip(weights, states, strict=True))
         assert torch.allclose(average.double(), expected, atol=1e-6)
