@@ -259,17 +259,25 @@ def table(found):
 
 
 def draw(found, path):
-    """Return while PPO trains: each arm a line, the mean of its seeds, between the lowest and the highest of them."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    """Return while PPO trains, once whole and once from 650 up.
+
+    Each arm is a line, the mean of its seeds, between the lowest and the highest of them.
+    """
+    figure, (whole, upper) = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
     for arm, by_seed in found.items():
         rows = [*by_seed.values()]
         x = [point["frames"] / 1000 for point in rows[0]["curve"]]
         y = np.array([[point["mean"] for point in row["curve"]] for row in rows])
-        axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm}, seeds: {len(rows)}")
-        axis.fill_between(x, y.min(0), y.max(0), color=COLORS[arm], alpha=0.15, lw=0)
-    axis.set(title="What words add: 20 validation tracks", xlabel=plots.FRAMES_LABEL, ylabel="return, greedy")
-    axis.grid(alpha=0.3)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncol=4)
+        for axis in (whole, upper):
+            axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm}, seeds: {len(rows)}")
+            axis.fill_between(x, y.min(0), y.max(0), color=COLORS[arm], alpha=0.15, lw=0)
+    for axis in (whole, upper):
+        axis.set_xlabel(plots.FRAMES_LABEL)
+        axis.grid(alpha=0.3)
+    upper.set_ylim(650, 930)
+    figure.suptitle("What words add: greedy return on 20 validation tracks")
+    handles, labels = whole.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncol=4)
     plots.save(figure, path)
 
 

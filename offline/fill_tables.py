@@ -24,6 +24,7 @@ CONTROLS = {  # rows of the README, and their arms
     "one round of captions, in words": "words",
     "told in numbers instead": "numbers",
     "five classes, told nothing": "classes",
+    "PPO alone, Stable-Baselines3's `CnnPolicy`": "CnnPolicy",
 }
 MEANS = re.compile(r"(\[eval_log\.csv\]\(\S+\)\): )\d+\.\d(?:[ \n]->[ \n]\d+\.\d)*")
 
