@@ -239,7 +239,7 @@ def minus_words(rows, words):
 def table(found):
     """The runs of `load_runs` as a Markdown table."""
     groups = {"taught": "obeyed, taught", "held_out": "other phrasings", "new": "never taught"}
-    heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "minus words (95 %)", "laps"]
+    heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "minus words, same seeds (95 %)", "laps"]
     heads += groups.values()
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, by_seed in found.items():
