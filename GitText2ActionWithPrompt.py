@@ -91,7 +91,8 @@ def resize(frames, image_processor):
     frames = torch.as_tensor(frames)
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise BadInput(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
-    pixels, size = frames.permute(0, 3, 1, 2).float(), picture_size(image_processor)
+    pixels = frames.permute(0, 3, 1, 2).float()
+    size = picture_size(image_processor)
     if pixels.shape[-2:] != size:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
     return pixels
@@ -175,7 +176,8 @@ class GitText2ActionWithPrompt(nn.Module):
     @classmethod
     def from_policy(cls, folder):
         """A policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
-        folder, remedy = Path(folder), "put it back, or rerun ppo_git_with_prompt.py"
+        folder = Path(folder)
+        remedy = "put it back, or rerun ppo_git_with_prompt.py"
         facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name another policy")
         weights = read_weights(folder / "policy.safetensors")
         check_same(f"{folder}/", facts, task(), remedy)

@@ -200,7 +200,8 @@ class Instructed(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        target, speed = self.told.target, np.array([self.unwrapped.car.hull.linearVelocity.length])
+        target = self.told.target
+        speed = np.array([self.unwrapped.car.hull.linearVelocity.length])
         obeyed = target.at_speed(speed)[0] and target.on_side(np.array([self.get_wrapper_attr("road").offset]))[0]
         info |= {"kind": instructions.kind(self.told.name), "obeyed": bool(obeyed)}
         if self.instruction_rng.random() < self.change * (3 if target.speed == 0 else 1):

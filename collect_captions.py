@@ -92,7 +92,8 @@ def dream(driving, split, rng):
 
     The first is what it was told, `driving`, if anything: where an instruction leads, the answers under it are needed.
     """
-    told, varied = [], VARIED if split == "taught" else 0.0
+    told = []
+    varied = VARIED if split == "taught" else 0.0
     for i in range(DREAMED):
         phrasings = "held_out" if split == "both" and i % 2 else "taught"
         if i == 0 and driving.name:
@@ -116,12 +117,14 @@ def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_
     random comes from the track seed, so the dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(policy)
-    env, rng = make_env(track_seed), np.random.default_rng([track_seed, 4])
+    env = make_env(track_seed)
+    rng = np.random.default_rng([track_seed, 4])
     base = env.unwrapped
     _, info = env.reset(seed=track_seed)
     frames, rows, slow, end = [], [], 0, ""
     while not end:
-        driving, kept = env.get_wrapper_attr("told"), rng.random() < KEEP
+        driving = env.get_wrapper_attr("told")
+        kept = rng.random() < KEEP
         frame = base.draw() if kept or model else None
         told = dream(driving, split, rng) if kept else []
         state, car = info["state"], read_state(info["state"])
@@ -153,7 +156,8 @@ def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_
 def collect_split(run_jobs, folder, tracks, num_frames):
     """Fill a split's folder with frames and metadata.jsonl; returns the rows and how many episodes got stuck."""
     folder.mkdir(parents=True)
-    rows, stuck = [], 0
+    rows = []
+    stuck = 0
     split = "both" if folder.name == "validation" else "taught"
     collect = functools.partial(collect_episode, split=split, policy=POLICY, answer_by=ANSWER_BY)
     with tqdm(total=num_frames, desc=folder.name, unit="frame", mininterval=1) as bar:

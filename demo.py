@@ -119,7 +119,8 @@ class Drive(film.Drive):
 
     def show(self, attention):
         """What the page shows of it: a dict for JSON."""
-        base, jpeg = self.env.unwrapped, io.BytesIO()
+        base = self.env.unwrapped
+        jpeg = io.BytesIO()
         Image.fromarray(self.picture(attention)).save(jpeg, "JPEG", quality=JPEG_QUALITY)
         return self.facts | {
             "driver": self.name,
@@ -213,7 +214,8 @@ class Session(threading.Thread):
         elif reply := self.problem("", text):
             by = ""
         else:
-            reply, by = reads[0].ask(text), DRIVERS[reads[0].name][0] if len(self.drives) > 1 else ""
+            reply = reads[0].ask(text)
+            by = DRIVERS[reads[0].name][0] if len(self.drives) > 1 else ""
         speed = round(reads[0].speed) if reads else None
         self.send({"asked": text, "speed": speed, "reply": reply, "by": by, "note": self.unknown(text)})
 

@@ -150,7 +150,8 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP):
     shares = [tracks[i::num_workers] for i in range(num_workers)]
     bar = tqdm(total=len(tracks), unit="track", leave=False)
     with contextlib.ExitStack() as stack:
-        pool, scores = stack.enter_context(ThreadPoolExecutor(num_workers)), {}
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+        scores = {}
         makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs, len(tracks))
         workers = stack.enter_context(processes.simulators(makers, "DISABLED", num_workers))
         stack.enter_context(bar)
@@ -166,9 +167,11 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP):
 
 def drive_all(driver, report, envs, tracks):
     """Drive each of `tracks` once in the environments of one worker, and `report` each result."""
-    waiting, num_envs = collections.deque(tracks), envs.num_envs
+    waiting = collections.deque(tracks)
+    num_envs = envs.num_envs
     current = [waiting.popleft() for _ in range(num_envs)]
-    driving, returns = np.ones(num_envs, dtype=bool), np.zeros(num_envs)
+    driving = np.ones(num_envs, dtype=bool)
+    returns = np.zeros(num_envs)
     obs, infos = envs.reset(seed=current)
     while driving.any():
         actions = np.zeros(num_envs, dtype=np.int64)
@@ -229,7 +232,8 @@ def main():
     torch.set_num_threads(TORCH_THREADS)
     if DRIVER not in DRIVERS:
         raise checks.BadInput(f"DRIVER = {DRIVER!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
-    driver, results_dir = DRIVERS[DRIVER](), run_files.check_writable(ROOT / RESULTS_DIR)
+    driver = DRIVERS[DRIVER]()
+    results_dir = run_files.check_writable(ROOT / RESULTS_DIR)
     if WATCH:
         film.check_display()
     tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)

@@ -75,7 +75,8 @@ def drive(driver, track_seed, heat_map=False):
         while not car.end:
             action, answer, probabilities = car.decide()
             prompt = f"{driver.told} {driver.model.question}".strip() if car.reads else ""
-            frame, name = car.picture(heat_map), answer_of(action, probabilities)
+            frame = car.picture(heat_map)
+            name = answer_of(action, probabilities)
             picture = compose(frame, prompt, answer, car.scene, name, probabilities, car.speed, car.total)
             car.step(action)
             yield picture, car.total

@@ -173,7 +173,8 @@ def rollout(envs, obs, generator, model, num_steps):
             step["frames"] = torch.from_numpy(frames.copy())
         sentences.append(told)
         next_frames, reward, terminated, truncated, infos = envs.step(to_simulator(action))
-        obs, ended = observe(next_frames, infos), terminated | truncated
+        obs = observe(next_frames, infos)
+        ended = terminated | truncated
         told_anew = np.array([now != before for now, before in zip(obs[1], told)])
         changed = told_anew & ~ended
         for name, x in {"reward": reward, "terminated": terminated, "done": ended | changed}.items():
@@ -317,7 +318,8 @@ def train(
 
 def main():
     rank, world_size = processes.join_torchrun()
-    results, frames_per_update = run_files.ROOT / RESULTS_DIR, world_size * NUM_ENVS * NUM_STEPS * FRAME_SKIP
+    results = run_files.ROOT / RESULTS_DIR
+    frames_per_update = world_size * NUM_ENVS * NUM_STEPS * FRAME_SKIP
     if min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
         raise checks.BadInput(f"EVAL_TRACKS = {EVAL_TRACKS}: validation tracks start at {car_racing_env.TRAIN_TRACKS}")
     with contextlib.ExitStack() as stack:
@@ -333,9 +335,12 @@ def main():
         torch.manual_seed(SEED + rank)  # every process has the same heads, and acts by draws of its own
         facts = {"processes": world_size, "instructions": instructions.digest()} | model.source
         run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
-        driver, state, episode = evaluate.Policy(averaged), None, 0
+        driver = evaluate.Policy(averaged)
+        state = None
+        episode = 0
         if RESUME:
-            run, state = run_files.continue_run(results, run, MAY_CHANGE), run_files.load_state(results / "state.pt")
+            run = run_files.continue_run(results, run, MAY_CHANGE)
+            state = run_files.load_state(results / "state.pt")
             episode = state["episode"]
             averaged.load_trained(state["average"], "state.pt")
         if rank == 0:

@@ -102,9 +102,11 @@ def validate(model, data, batch_size):
     loss is over `all_texts`, another mixture than training's: compare it between epochs only.
     """
     model.prepare()  # the answers are those of the weights as they are now
-    collate, answers = Collator(model.processor, all_texts), list(ANSWERS)
+    collate = Collator(model.processor, all_texts)
+    answers = list(ANSWERS)
     confusion = np.zeros((len(answers), len(answers) + 1), dtype=np.int64)
-    loss, exact = 0.0, collections.defaultdict(list)
+    loss = 0.0
+    exact = collections.defaultdict(list)
     for indices in torch.arange(len(data)).split(batch_size):
         samples = [data[i] for i in indices]
         frames, rows = zip(*samples)
@@ -209,7 +211,9 @@ def save_adapter(folder, git, processor, facts, metrics, run):
 
 def main():
     rank, world_size = processes.join_torchrun()
-    script, checkpoint_dir, checkpoint = Path(__file__).name, ROOT / CHECKPOINT_DIR, None
+    script = Path(__file__).name
+    checkpoint_dir = ROOT / CHECKPOINT_DIR
+    checkpoint = None
     set_seed(SEED)
     train, validation = load_data()
     git, processor = checkpoints.load_base(BASE_MODEL)

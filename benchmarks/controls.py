@@ -135,7 +135,8 @@ def classifier_loss(model, samples):
 def fit(parameters, loss_of, data):
     """EPOCHS of AdamW on `loss_of` the batches of `data`."""
     loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=list)
-    optimizer, steps = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY), EPOCHS * len(loader)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
+    steps = EPOCHS * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for epoch in tqdm(range(EPOCHS), unit="epoch"):
         losses = []
@@ -206,7 +207,8 @@ def run(arm, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(2)
     began, (data, _) = time.time(), stage2.load_data()
-    load, facts = imitate(arm, data), {"arm": arm}
+    load = imitate(arm, data)
+    facts = {"arm": arm}
     torch.set_num_threads(evaluate.TORCH_THREADS)
     if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
         hashes = [run_files.file_hash(folder / "train/metadata.jsonl") for folder in stage2.training_folders()]
@@ -239,7 +241,14 @@ def minus_words(rows, words):
 def table(found):
     """The runs of `load_runs` as a Markdown table."""
     groups = {"taught": "obeyed, taught", "held_out": "other phrasings", "new": "never taught"}
-    heads = ["arm", "imitation alone", "after PPO, mean ± std over seeds", "each seed", "minus words, same seeds (95 %)", "laps"]
+    heads = [
+        "arm",
+        "imitation alone",
+        "after PPO, mean ± std over seeds",
+        "each seed",
+        "minus words, same seeds (95 %)",
+        "laps",
+    ]
     heads += groups.values()
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, by_seed in found.items():
