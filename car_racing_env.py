@@ -33,8 +33,8 @@ class Rewards:
     make mistakes. So mistakes cost several times what the task charges for them.
     """
 
-    # bound on the task's reward per decision; at 1 two tiles, 3.5 each, would pay like one; of its -100 for leaving the
-    # field it leaves 10, which few cars reach before they end on grass
+    # bound on the task's reward per decision, also on its -100 for leaving the field; at 1 two tiles, 3.5 each, would
+    # pay like one
     clip: float = 10.0
     grass_limit: int = 50  # frames with all four wheels on grass before the episode ends
     grass_penalty: float = 300.0  # subtracted by that end

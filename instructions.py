@@ -21,7 +21,7 @@ from phrasings import (
     INSTRUCTIONS,
     SPEEDS,
     WORDINGS,
-)  # fmt: skip
+)
 from support.checks import BadInput
 from targets import RACE, Target, random_target
 

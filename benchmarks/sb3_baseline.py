@@ -4,7 +4,7 @@ The environments are those in which nobody is told anything and no car is thrown
 benchmarks/controls/CnnPolicy_seed<n>.json as each run ends, and skips those that are there: stop and start at will.
 
     pip install stable-baselines3
-    python -m benchmarks.sb3_baseline      # 20 minutes a seed on two CPU cores
+    python -m benchmarks.sb3_baseline      # 20 to 35 minutes a seed on two CPU cores
 """
 
 import copy
