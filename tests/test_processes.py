@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import gather_object
-from test_ppo_git_with_prompt import make_accelerator, make_batch, train
+from test_ppo_git_with_prompt import make_accelerator, make_batch
+from test_ppo_training import train
 from toy_process import same
 
 import ppo_git_with_prompt as ppo
