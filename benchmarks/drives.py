@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
 
 import evaluate
-from car_racing_env import FPS, FRAME_SKIP, make_env
+from car_racing_env import make_env
 from road import move_car, read_state
 from support import processes
 from teacher import PrivilegedState
@@ -18,7 +17,7 @@ from teacher import PrivilegedState
 class TurnedRound(gym.Wrapper):
     """Turn the car by `angle` radians before decision `when`, its velocity with it: a rigid motion.
 
-    `info["short_cuts"]` counts how often it has left the road for another stretch of it.
+    `info` has `travelled` and `short_cuts` of the `Road` that it is on.
     """
 
     def __init__(self, env, angle, when):
@@ -34,7 +33,9 @@ class TurnedRound(gym.Wrapper):
             move_car(self.unwrapped.car, self.angle)
         self.decision += 1
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated, truncated, info | {"short_cuts": self.get_wrapper_attr("road").short_cuts}
+        road = self.get_wrapper_attr("road")
+        way = {"travelled": road.travelled, "short_cuts": road.short_cuts}
+        return obs, reward, terminated, truncated, info | way
 
 
 def make_probe(angle, when):
@@ -47,8 +48,8 @@ def drive(driver, tracks, decisions, says, angles=None, when=0):
 
     `says` maps decisions to what the driver is told from then on, one for all or a list with one for each. Cars are
     turned by `angles`, radians, before decision `when`. `speed` and `along` (the road) in units per second, `offset` in
-    units, `on_road`, `short_cuts` (how many so far), `driving` (False once the episode has ended) and `left_field`
-    (True from when it ended there on).
+    units, `on_road`, `travelled` (tiles' lengths along the road) and `short_cuts` so far, `driving` (False once the
+    episode has ended) and `left_field` (True from when it ended there on).
     """
     angles = [0.0] * len(tracks) if angles is None else angles
 
@@ -76,8 +77,8 @@ def drive_all(driver, envs, tracks, decisions, says):
         frames, _, terminated, truncated, infos = envs.step(driver(frames, {"state": infos["state"]}))
         done = terminated | truncated
         left_field = left_field | (driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool)))
-        ways = {"short_cuts": infos["short_cuts"], "driving": driving, "left_field": left_field}
-        rows.append(measure(infos["state"]) | ways)
+        ways = {name: infos[name] for name in ("travelled", "short_cuts")}
+        rows.append(measure(infos["state"]) | ways | {"driving": driving, "left_field": left_field})
         driving = driving & ~done
         if done.any():  # it idles
             seeds = [track if ended else None for track, ended in zip(tracks, done)]
@@ -95,8 +96,3 @@ def measure(states):
         "offset": cars.offset,
         "on_road": cars.wheels_on_road.any(1),
     }
-
-
-def travelled(along):
-    """Tiles' lengths driven along the road up to each decision, from speeds along it (T, N)."""
-    return np.cumsum(along, 0) * FRAME_SKIP / FPS / TRACK_DETAIL_STEP

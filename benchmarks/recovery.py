@@ -45,8 +45,9 @@ class Coasting:
 
 def came_back(results):
     """Whether each car came TILES further within FRAMES of the turn, and by a short cut: bool (N,) each."""
-    further = (drives.travelled(results["along"][WHEN:]) * results["driving"][WHEN:]) >= TILES
-    took_short_cut = results["short_cuts"][WHEN + further.argmax(0), np.arange(further.shape[1])] > 0
+    tiles, short_cuts = (results[name][WHEN:] - results[name][WHEN - 1] for name in ("travelled", "short_cuts"))
+    further = (tiles >= TILES) & results["driving"][WHEN:]
+    took_short_cut = short_cuts[further.argmax(0), np.arange(further.shape[1])] > 0
     return further.any(0), further.any(0) & took_short_cut
 
 

@@ -111,17 +111,21 @@ def test_a_drive_is_told_and_turned():
     assert (speed[39] > 20).all() and (speed[-1] < 2).all()
     assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
     assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
+    tiles = results["travelled"]
+    assert (tiles[39] > 5).all() and tiles[-1, 1] < tiles[39, 1] and tiles[-1, 0] > tiles[39, 0]
     assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == [1, 1]
 
 
 def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):
     monkeypatch.setattr(recovery, "WHEN", 2)
-    tile = 3.5 * 50 / 2  # units per second that make a tile in a decision
-    along = np.array([[9, 0, 0, 8], [9, 0, 0, 8], [-8, 8, 8, 8], [8, 8, 8, 8], [14, -9, 0, 0]]) * tile
-    driving, short_cuts = np.ones((5, 4), bool), np.zeros((5, 4), int)
+    tiles = np.array([[9, 0, 0, 8, 0], [9, 0, 0, 8, 0], [-8, 8, 8, 8, 8], [8, 8, 8, 8, 8], [14, -9, 0, 0, 0]])
+    driving, short_cuts = np.ones((5, 5), bool), np.zeros((5, 5), int)
     driving[3:, 2], short_cuts[4:, 1], short_cuts[2:, 3] = False, 1, 1  # of the second only after it had come back
-    back, by_short_cut = recovery.came_back({"along": along, "driving": driving, "short_cuts": short_cuts})
-    assert back.tolist() == [False, True, False, True] and by_short_cut.tolist() == [False, False, False, True]
+    short_cuts[:, 4] = 1  # and of the last before the turn
+    results = {"travelled": tiles.cumsum(0), "driving": driving, "short_cuts": short_cuts}
+    back, by_short_cut = recovery.came_back(results)
+    assert back.tolist() == [False, True, False, True, True]
+    assert by_short_cut.tolist() == [False, False, False, True, False]
 
 
 def test_obedience_is_judged_after_the_grace_and_while_it_drives():
