@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import questions
-from car_racing_env import FRAME_SKIP
+from car_racing_env import BRAKE, FRAME_SKIP, GAS, LEFT, NO_OP, RIGHT
 from fast import git_forward
 from support import cards
 from support.checkpoints import load_git, picture_size
@@ -32,8 +32,8 @@ from support.checks import BadInput, check_same, read_json, read_weights
 from support.run_files import ROOT, write_file, write_json
 
 PROMPT = "What should the vehicle do in this scenario?"
-# in logit order: no-op, accelerate, left, right, brake -> the simulator's own index (its 1 is right and its 2 is left)
-ANSWERS = {"Coast": 0, "Accelerate": 3, "Turn left": 2, "Turn right": 1, "Brake": 4}
+# in logit order, with the simulator's action; words of the base's vocabulary, one, or two of which all share the first
+ANSWERS = {"Coast": NO_OP, "Accelerate": GAS, "Turn left": LEFT, "Turn right": RIGHT, "Brake": BRAKE}
 
 LANGUAGE_PRIOR = 1.0  # weight of the answers' log-probabilities in the action logits; 0 is a plain policy head
 PRIOR_FLOOR = 0.02  # share of the prior spread over all answers, so that every action stays explorable
@@ -142,22 +142,26 @@ def parse_answer(text):
 class GitText2ActionWithPrompt(nn.Module):
     """GIT + prompt + policy head: frames uint8 (B, 96, 96, 3) in, five action logits and a value out.
 
+    What is not given of the head is as the constants say.
     `instructions` are one sentence for all frames, or a list with one for each; "" is the question alone. `git` stays
     on its device. Its weights are read into the fast pass once, here; whoever trains them calls `prepare` again.
     """
 
     def __init__(
         self, git, processor, source=None, *,
-        language_prior=LANGUAGE_PRIOR, prior_floor=PRIOR_FLOOR, head_size=HEAD_SIZE, dropout=DROPOUT,
+        language_prior=None, prior_floor=None, head_size=None, dropout=None,
     ):  # fmt: skip
         super().__init__()
         self.git, self.processor, self.source, self.trains_lora = git, processor, source, False
-        self.language_prior, self.prior_floor, self.head_size = language_prior, prior_floor, head_size
-        self.dropout, self.feature_size = dropout, git.config.hidden_size
+        self.language_prior = LANGUAGE_PRIOR if language_prior is None else language_prior
+        self.prior_floor = PRIOR_FLOOR if prior_floor is None else prior_floor
+        self.head_size = HEAD_SIZE if head_size is None else head_size
+        self.dropout = DROPOUT if dropout is None else dropout
+        self.feature_size = git.config.hidden_size
         self.question, self.answers = PROMPT, answer_ids(processor.tokenizer)  # the answers as token ids
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
         self.policy_head, self.value_head = (
-            nn.Sequential(nn.Linear(self.feature_size, head_size), nn.Tanh(), nn.Linear(head_size, outputs))
+            nn.Sequential(nn.Linear(self.feature_size, self.head_size), nn.Tanh(), nn.Linear(self.head_size, outputs))
             for outputs in (len(self.answers), 1)
         )
         for head in (self.policy_head, self.value_head):
@@ -181,7 +185,7 @@ class GitText2ActionWithPrompt(nn.Module):
         facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name another policy")
         weights = read_weights(folder / "policy.safetensors")
         check_same(f"{folder}/", facts, task(), remedy)
-        head = {name: facts.get(name) for name in HEAD_FACTS}
+        head = {name: facts[name] for name in HEAD_FACTS}
         model = cls.from_pretrained(facts.get("adapter") or facts.get("base_model"), **head)
         made_on = {name: model.source[name] for name in ("base_fingerprint", "adapter_hash")}
         check_same(f"{folder}/", facts, made_on, remedy)
@@ -282,7 +286,7 @@ class GitText2ActionWithPrompt(nn.Module):
             state = self.read(weights, frames, instructions)[:, 0]
         elif state is None:
             state = self.read(self.weights, frames, instructions)[:, 0]
-        return state  # another input of the heads is joined here; feature_size counts it
+        return state  # an input of the heads that the frames show is joined here; feature_size counts it
 
     @torch.no_grad()
     def ask(self, frames, question, instruction=""):

@@ -20,6 +20,7 @@ from targets import RACE
 
 ENV_ID = "CarRacing-v3"
 FPS = stock.FPS
+NO_OP, RIGHT, LEFT, GAS, BRAKE = range(5)  # the simulator's actions
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
 MAX_FRAMES = 1000  # frames per episode, as in Gymnasium's registration
 TRAIN_TRACKS = 100_000  # training draws track seeds below; the seeds from here on are kept for evaluation
@@ -93,8 +94,9 @@ class TrainingRewards(gym.Wrapper):
 
     Track seeds are drawn below TRAIN_TRACKS from the wrapper's own generator `track_rng`, so that a logged `track_seed`
     replays its track. The early stop, on grass, is a termination with a penalty, never a truncation. When an episode
-    ends, `info["episode_summary"]` holds its true `return`, its `length` in frames, `end` ("lap", "field", "time",
-    "grass"), `track_seed` and `told`, whether it was under instructions. Around `Instructed` it pays for what was told.
+    ends, `info["episode_summary"]` holds its true `return`, its `training_return`, which counts what is paid here, its
+    `length` in frames, `end` ("lap", "field", "time", "grass"), `track_seed` and `told`, whether it was under
+    instructions. Around `Instructed` it pays for what was told.
     """
 
     def __init__(self, env, seed, rewards=REWARDS):
@@ -104,7 +106,8 @@ class TrainingRewards(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         self.track_seed = int(self.track_rng.integers(TRAIN_TRACKS))
-        self.episode_return, self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0.0, 0, 0, 0, 0
+        self.episode_return, self.training_return = 0.0, 0.0
+        self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0, 0, 0, 0
         obs, info = self.env.reset(seed=self.track_seed, options=options)
         self.frames_before, self.travelled, self.faces = self._frames(), 0.0, self._faces_the_road()
         return obs, info | {"track_seed": self.track_seed}
@@ -128,9 +131,11 @@ class TrainingRewards(gym.Wrapper):
         if end == "grass":
             reward -= penalty_scale * self.rewards.grass_penalty
 
+        self.training_return += reward
         if end:
             info["episode_summary"] = {
                 "return": self.episode_return,
+                "training_return": self.training_return,
                 "length": self._frames() - self.frames_before,
                 "end": end,
                 "track_seed": self.track_seed,

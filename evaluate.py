@@ -94,7 +94,7 @@ class Answers:
             self.unparsable += sum(text not in ANSWERS for text in texts)
         return np.array([ANSWERS.get(text, 0) for text in texts])
 
-    def explain(self, frames):
+    def explain(self, frames, infos):
         """Actions, the words, and the probabilities of the five answers, (N, 5)."""
         texts = self.model.answer(frames, self.told)
         return self.act(texts), texts, self.model.encode(frames, self.told)[1].exp()
@@ -113,7 +113,7 @@ class Policy:
     def probabilities(self, frames):
         return self.model(frames, self.told)[0].softmax(-1)
 
-    def explain(self, frames):
+    def explain(self, frames, infos):
         """Actions, the model's words, and the probabilities of the five actions, (N, 5)."""
         probabilities = self.probabilities(frames)
         return to_simulator(probabilities.argmax(1)), self.model.answer(frames, self.told), probabilities
@@ -141,9 +141,9 @@ DRIVERS = {
 def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP):
     """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
-    `driver` maps frames uint8 (N, 96, 96, 3) and a dict of N privileged states to N simulator actions; it is asked only
-    for environments that still drive, by NUM_WORKERS threads at once, each for a share of the tracks: it must keep
-    nothing of a decision in itself.
+    `driver` maps frames uint8 (N, 96, 96, 3) and the environments' infos, arrays of N, to N simulator actions; it is
+    asked only for environments that still drive, by NUM_WORKERS threads at once, each for a share of the tracks: it
+    must keep nothing of a decision in itself.
     """
     tracks = list(tracks)
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))
@@ -175,7 +175,7 @@ def drive_all(driver, report, envs, tracks):
     obs, infos = envs.reset(seed=current)
     while driving.any():
         actions = np.zeros(num_envs, dtype=np.int64)
-        actions[driving] = driver(obs[driving], {"state": infos["state"][driving]})
+        actions[driving] = driver(obs[driving], {name: x[driving] for name, x in infos.items()})
         obs, rewards, terminated, truncated, infos = envs.step(actions)
         returns += rewards
         done = terminated | truncated
@@ -189,7 +189,8 @@ def drive_all(driver, report, envs, tracks):
             current[i] = waiting.popleft() if waiting else current[i]  # without one left it idles on its last one
         seeds = [track if ended else None for track, ended in zip(current, done)]
         obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
-        infos["state"][done] = reset_infos["state"][done]
+        for name, x in reset_infos.items():
+            infos[name][done] = x[done]
 
 
 def summarize(results):

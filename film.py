@@ -34,11 +34,12 @@ class Drive:
 
     def decide(self):
         """The simulator's action for this frame, the answer and the five probabilities, None without a model."""
+        seen = self.obs[None], {name: np.asarray(x)[None] for name, x in self.info.items()}
         if not self.reads:
-            return int(self.driver(self.obs[None], {"state": self.info["state"][None]})[0]), None, None
+            return int(self.driver(*seen)[0]), None, None
         if self.decision % SCENE_EVERY == 0:
             self.scene = self.ask(SCENE_QUESTIONS[self.decision // SCENE_EVERY % len(SCENE_QUESTIONS)])
-        actions, answers, probabilities = self.driver.explain(self.obs[None])
+        actions, answers, probabilities = self.driver.explain(*seen)
         return int(actions[0]), answers[0], probabilities[0].tolist()
 
     def ask(self, question):

@@ -323,7 +323,7 @@ def main():
     if min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
         raise checks.BadInput(f"EVAL_TRACKS = {EVAL_TRACKS}: validation tracks start at {car_racing_env.TRAIN_TRACKS}")
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(make_envs(SEED, rank=rank))
+        workers = stack.enter_context(make_envs(SEED, NUM_ENVS, REWARDS, FRAME_SKIP, rank))
         torch.set_num_threads(TORCH_THREADS)
         accelerator = processes.make_accelerator(model_file.device())
         stack.callback(accelerator.end_training)
@@ -350,7 +350,11 @@ def main():
         evaluate_at = {TOTAL_UPDATES, *(TOTAL_UPDATES * i // EVALUATIONS for i in range(EVALUATIONS))}
         bar = tqdm(total=TOTAL_UPDATES, initial=state["update"] if state else 0, unit="update", disable=rank > 0)
         stack.enter_context(bar)  # an error begins a line of its own
-        for number, episodes, diagnostics, new_state in train(model, workers, accelerator, state):
+        training = train(
+            model, workers, accelerator, state, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
+            gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
+        )  # fmt: skip
+        for number, episodes, diagnostics, new_state in training:
             if rank:  # the first process keeps the books
                 continue
             now = {"update": number, "env_frames": number * frames_per_update}

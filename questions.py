@@ -8,6 +8,8 @@ import re
 
 import numpy as np
 
+from support.checks import BadInput
+
 SPEED_STEP = 5  # units per second in which the speed is told
 OFFSET_PACE = 0.75  # units: a pace from the middle of the road
 WORDS = (
@@ -106,7 +108,7 @@ def describe(car, road):
     else:
         side, degrees = "left" if heading < 0 else "right", rounded(heading, 5)
         points_to = "along the road" if degrees == "zero" else f"{degrees} degrees to the {side}"
-    return {
+    answers = {
         "speed": f"The car {manner}.",
         "offset": f"The car is {paces(car.offset, OFFSET_PACE, 'the middle', 'in the middle')}.",
         "heading": f"The car points {points_to}.",
@@ -122,6 +124,9 @@ def describe(car, road):
         "ahead": f"Ahead the road is {paces(car.ahead[5, 0], 1.5, 'the car', 'straight before it')}.",
         "far": f"Far ahead the road is {paces(car.ahead[8, 0], 3.0, 'the car', 'straight before it')}.",
     }
+    if unmatched := answers.keys() ^ QUESTIONS.keys():
+        raise BadInput(f"questions.py: {min(unmatched)!r} is in one of QUESTIONS and describe only: add the other half")
+    return answers
 
 
 def draw(rng, answers, count):

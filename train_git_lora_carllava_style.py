@@ -98,8 +98,8 @@ def validate(model, data, batch_size):
 
     That is the teacher's answer by the generated answer to the plain question, the last column for words that are no
     answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings,
-    `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those to the questions about the scene. The
-    loss is over `all_texts`, another mixture than training's: compare it between epochs only.
+    `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those to the questions about the scene, `exact_scene_ABOUT`
+    to each of them. The loss is over `all_texts`, another mixture than training's: compare it between epochs only.
     """
     model.prepare()  # the answers are those of the weights as they are now
     collate = Collator(model.processor, all_texts)
@@ -121,7 +121,9 @@ def validate(model, data, batch_size):
             for told, correct, understood in zip(row["told"], others, others[count:]):
                 exact[f"exact_{instructions.kind(told['instruction'])}_{told['split']}"].append(correct)
                 exact[f"exact_wish_{told['split']}"].append(understood)
-            exact["exact_scene"] += others[2 * count :]
+            for asked, correct in zip(row["asked"], others[2 * count :]):
+                exact["exact_scene"].append(correct)
+                exact[f"exact_scene_{asked['about'].replace(' ', '_')}"].append(correct)
     by_kind = {name: float(np.mean(correct)) for name, correct in sorted(exact.items())}
     return {"validation_loss": loss / len(data)} | summarize(confusion) | by_kind, confusion
 
@@ -230,6 +232,7 @@ def main():
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
     inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}
     run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)
+    model = GitText2ActionWithPrompt(git, processor)
     results = run_files.check_writable(ROOT / RESULTS_DIR)
     output = run_files.check_own(ROOT / OUTPUT_DIR, script, results, checkpoint_dir)
     if RESUME:
@@ -242,7 +245,6 @@ def main():
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"
         print(f"LoRA on {BASE_MODEL}: {size} train for {EPOCHS} epochs on {len(train):,} frames")
-    model = GitText2ActionWithPrompt(git, processor)
     report = EpochReport(model, validation, results, lambda: run_files.write_run(checkpoint_dir, run))
     trainer = make_trainer(git, processor, train, report)
     if rank == 0 and not checkpoint:

@@ -53,7 +53,7 @@ TRACKS = seeds.TRACKS
 ARMS = ("words", "classes", "numbers", "no prior", "random words", "random classes")
 IN_WORDS = ("words", "random words")  # of these the captions are taught as texts
 TOLD = (*IN_WORDS, "numbers", "no prior")  # these can be told something
-COLORS = dict(zip((*ARMS, "CnnPolicy", "the adapter that ships"), plt.colormaps["tab10"].colors))
+PEERS = ("CnnPolicy", "the adapter that ships")
 OUTPUT = Path(__file__).parent / "controls"
 
 
@@ -224,7 +224,7 @@ def run(arm, seed):
 
 def load_runs():
     """Runs that are there, by arm and seed; those of the adapter that ships under "the adapter that ships"."""
-    found = {arm: runs.load(OUTPUT, f"{arm}_") for arm in COLORS}
+    found = {arm: runs.load(OUTPUT, f"{arm}_") for arm in (*ARMS, *PEERS)}
     found["the adapter that ships"] = {seed: row for seed, row in runs.load(seeds.OUTPUT).items() if seed in SEEDS}
     return {arm: rows for arm, rows in found.items() if rows}
 
@@ -273,13 +273,13 @@ def draw(found, path):
     Each arm is a line, the mean of its seeds, between the lowest and the highest of them.
     """
     figure, (whole, upper) = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
-    for arm, by_seed in found.items():
-        rows = [*by_seed.values()]
+    for number, (arm, by_seed) in enumerate(found.items()):
+        color, rows = f"C{number}", [*by_seed.values()]
         x = [point["frames"] / 1000 for point in rows[0]["curve"]]
         y = np.array([[point["mean"] for point in row["curve"]] for row in rows])
         for axis in (whole, upper):
-            axis.plot(x, y.mean(0), "o-", ms=3, color=COLORS[arm], label=f"{arm}, seeds: {len(rows)}")
-            axis.fill_between(x, y.min(0), y.max(0), color=COLORS[arm], alpha=0.15, lw=0)
+            axis.plot(x, y.mean(0), "o-", ms=3, color=color, label=f"{arm}, seeds: {len(rows)}")
+            axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
     for axis in (whole, upper):
         axis.set_xlabel(plots.FRAMES_LABEL)
         axis.grid(alpha=0.3)

@@ -74,7 +74,7 @@ def drive_all(driver, envs, tracks, decisions, says):
     frames, infos = envs.reset(seed=list(tracks))
     for decision in range(decisions):
         driver.told = says.get(decision, driver.told)
-        frames, _, terminated, truncated, infos = envs.step(driver(frames, {"state": infos["state"]}))
+        frames, _, terminated, truncated, infos = envs.step(driver(frames, infos))
         done = terminated | truncated
         left_field = left_field | (driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool)))
         ways = {name: infos[name] for name in ("travelled", "short_cuts")}
@@ -83,7 +83,8 @@ def drive_all(driver, envs, tracks, decisions, says):
         if done.any():  # it idles
             seeds = [track if ended else None for track, ended in zip(tracks, done)]
             frames, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
-            infos["state"][done] = reset_infos["state"][done]
+            for name, x in reset_infos.items():
+                infos[name][done] = x[done]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

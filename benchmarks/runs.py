@@ -17,6 +17,7 @@ from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
 MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
+MAY_CHANGE = ppo.MAY_CHANGE | {"ARMS", "IN_WORDS", "TOLD", "PEERS", "SEEDS"}  # of a run: which others there are
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -66,7 +67,7 @@ def once(path, run, *namespaces):
         now = run_files.constants_of(*map(vars, MODULES), *namespaces)
         files = now.keys() & made
         changed = {name for file in files for name, x in now[file].items() if made[file].get(name, x) != x}
-        if other := sorted(changed - ppo.MAY_CHANGE):
+        if other := sorted(changed - MAY_CHANGE):
             print(f"{path.stem} was run with another {', '.join(other)}: move it away to run it anew")
     else:
         print(path.stem, flush=True)

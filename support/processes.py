@@ -94,8 +94,9 @@ class Simulators:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             raise BadInput(
-                "a simulator's process ended (killed, out of memory, or by an error shown above?): continue a PPO run "
-                "with RESUME = True; if it recurs start anew with a lower NUM_ENVS"
+                "a simulator's process ended. If an error in its code is shown above, that is why; else it was killed, "
+                "or out of memory: continue a PPO run with RESUME = True, and if it recurs start anew with a lower "
+                "NUM_ENVS"
             ) from None
 
     def reset(self, **kwargs):

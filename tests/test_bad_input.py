@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from toy_process import files
 
 import instructions
+import questions
 from captions import Collator
 from GitText2ActionWithPrompt import answer_ids
 from phrasings import INSTRUCTIONS
+from road import read_state
 from support.checkpoints import check_lora
 from support.checks import BadInput
+from targets import SIDE, Target
+from teacher import make_evaluation_env
 
 EVALUATE = "evaluate"
 METADATA, DATA_TASK = "CarRacing-Data/train/metadata.jsonl", "CarRacing-Data/task.json"
@@ -128,6 +132,19 @@ def test_a_sentence_that_is_taught_and_held_out(monkeypatch):
     monkeypatch.setattr(instructions, "held_out_sentences", instructions.held_out_sentences.__wrapped__)
     with pytest.raises(BadInput, match="drive slowly"):
         instructions.check_splits()
+
+
+def test_a_stop_at_a_side():
+    with pytest.raises(BadInput, match="side"):
+        Target(speed=0.0, side=-SIDE)
+
+
+def test_a_question_that_nothing_answers(monkeypatch):
+    monkeypatch.setitem(questions.QUESTIONS, "edge", ("Is the edge near?",))
+    env = make_evaluation_env()
+    _, info = env.reset(seed=0)
+    with pytest.raises(BadInput, match="edge"):
+        questions.describe(read_state(info["state"]), env.get_wrapper_attr("road"))
 
 
 def test_answers_that_one_pass_cannot_score(toy_model):

@@ -108,13 +108,13 @@ def test_training_texts_vary_in_wording_and_keep_their_answers(data):
     told = {(told, answer) for told, question, answer in texts if told and question != WISH_QUESTION}
     assert told == {(x["sentence"], x["text"]) for x in row["told"]}
     plain = [question for told, question, _ in texts if not told and question != row["asked"][0]["question"]]
-    assert set(plain) == set(WORDINGS) and 0.4 < plain.count(PROMPT) / len(plain) < 0.7
+    assert set(plain) == {PROMPT, *WORDINGS} and 0.4 < plain.count(PROMPT) / len(plain) < 0.7
     assert len(texts) == 1000 * 4
 
 
 def test_validation_counts_what_the_model_says(toy_base, data):
     """And it reads the weights as they are now: losses by Hugging Face's forward; exact is the end, said at once."""
-    _, accelerate, left, right, brake = ANSWERS
+    _, accelerate, left, right, brake, *_ = ANSWERS
     said = iter([accelerate, brake, left, "nonsense", accelerate, left, right, brake, left, left])
 
     class Scripted(GitText2ActionWithPrompt):
@@ -126,7 +126,8 @@ def test_validation_counts_what_the_model_says(toy_base, data):
     model.git.output.bias[model.processor.tokenizer.sep_token_id] = 10
     for i, (_, row) in enumerate(data):
         row["told"][0]["text"] = "" if i < 3 else "Brake"
-        row["asked"] = [{"question": "How fast?", "text": "" if i < 4 else "Fast."}]
+        about = "speed" if i < 5 else "far bend"
+        row["asked"] = [{"about": about, "question": "How fast?", "text": "" if i < 4 else "Fast."}]
     metrics, confusion = stage2.validate(model, data, batch_size=4)
     counts = {place: count for place, count in np.ndenumerate(confusion) if count}
     assert counts == {(1, 1): 2, (1, 2): 1, (2, 2): 2, (2, 4): 1, (3, 2): 1, (3, 3): 1, (4, 4): 1, (4, 5): 1}
@@ -139,4 +140,5 @@ def test_validation_counts_what_the_model_says(toy_base, data):
     expected = {"validation_loss": np.mean(losses), "exact_match": 0.6, "majority_share": 0.3, "recall_coast": np.nan}
     expected |= {"recall_accelerate": 2 / 3, "recall_turn_left": 2 / 3, "recall_turn_right": 0.5, "recall_brake": 0.5}
     expected |= {"exact_left_taught": 0.3, "exact_speed_held_out": 0, "exact_wish_taught": 0, "exact_wish_held_out": 0}
-    assert metrics == pytest.approx(expected | {"exact_scene": 0.4}, rel=1e-4, nan_ok=True)
+    expected |= {"exact_scene": 0.4, "exact_scene_speed": 0.8, "exact_scene_far_bend": 0}
+    assert metrics == pytest.approx(expected, rel=1e-4, nan_ok=True)

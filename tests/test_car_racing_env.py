@@ -88,6 +88,7 @@ def test_an_early_stop_on_grass_costs_its_share_of_the_lap_so_far():
         env.reset()
         paid, summary = drive_on(env, ACCELERATE)
         assert max(paid) == 2.0 and (summary["end"], summary["length"]) == ("grass", 2 * len(paid))
+        assert summary["training_return"] == pytest.approx(sum(paid))
         last[ramp] = paid[-1]
     tiles, track = env.unwrapped.tile_visited_count, env.unwrapped.track
     assert summary["return"] == pytest.approx(1000 * tiles / len(track) - 0.1 * summary["length"])  # the task's own
