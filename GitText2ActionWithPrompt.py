@@ -32,7 +32,7 @@ from support.checks import BadInput, check_same, read_json, read_weights
 from support.run_files import ROOT, write_file, write_json
 
 PROMPT = "What should the vehicle do in this scenario?"
-# in logit order, with the simulator's action; words of the base's vocabulary, one, or two of which all share the first
+# in logit order, each with the simulator's action; each is one word of the base, or two with the same first one
 ANSWERS = {"Coast": NO_OP, "Accelerate": GAS, "Turn left": LEFT, "Turn right": RIGHT, "Brake": BRAKE}
 
 LANGUAGE_PRIOR = 1.0  # weight of the answers' log-probabilities in the action logits; 0 is a plain policy head
@@ -111,14 +111,14 @@ def ending_ids(tokenizer, answer):
     return [*tokenizer(questions.spelled(answer), add_special_tokens=False).input_ids, tokenizer.sep_token_id]
 
 
-def answer_ids(tokenizer, answers=tuple(ANSWERS)):
+def answer_ids(tokenizer, answers):
     """Token ids of each answer without [SEP]: one token each, or two that all share the first; else BadInput."""
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
     first_of_two = {x[0] for x in ids if len(x) == 2}
     fit = all(len(x) == 2 or (len(x) == 1 and x[0] not in first_of_two) for x in ids)
     if not fit or len(first_of_two) > 1 or len(set(map(tuple, ids))) < len(ids):
         raise BadInput(
-            f"ANSWERS {list(answers)} cannot be scored in one pass: use different answers of one token, or of two "
+            f"ANSWERS {answers} cannot be scored in one pass: use different answers of one token, or of two "
             f"that share the first (now {[tokenizer.convert_ids_to_tokens(x) for x in ids]})"
         )
     return ids
@@ -142,9 +142,9 @@ def parse_answer(text):
 class GitText2ActionWithPrompt(nn.Module):
     """GIT + prompt + policy head: frames uint8 (B, 96, 96, 3) in, five action logits and a value out.
 
-    What is not given of the head is as the constants say.
-    `instructions` are one sentence for all frames, or a list with one for each; "" is the question alone. `git` stays
-    on its device. Its weights are read into the fast pass once, here; whoever trains them calls `prepare` again.
+    Settings of the head that are not given are the constants above. `instructions` are one sentence for all frames, or
+    a list with one for each; "" is the question alone. `git` stays on its device. Its weights are read into the fast
+    pass once, here; whoever trains them calls `prepare` again.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class GitText2ActionWithPrompt(nn.Module):
         self.head_size = HEAD_SIZE if head_size is None else head_size
         self.dropout = DROPOUT if dropout is None else dropout
         self.feature_size = git.config.hidden_size
-        self.question, self.answers = PROMPT, answer_ids(processor.tokenizer)  # the answers as token ids
+        self.question, self.answers = PROMPT, answer_ids(processor.tokenizer, [*ANSWERS])  # as token ids
         self.shared_word = next(([x[0]] for x in self.answers if len(x) == 2), [])
         self.policy_head, self.value_head = (
             nn.Sequential(nn.Linear(self.feature_size, self.head_size), nn.Tanh(), nn.Linear(self.head_size, outputs))

@@ -201,7 +201,7 @@ def main():
     began = time.time()
     if ANSWER_BY not in ("teacher", "policy"):
         raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
-    instructions.check_splits()
+    instructions.check_phrasings()
     output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     load_drivers(POLICY)  # what is missing fails here, not in a worker
     facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER), "instructions": instructions.digest()}

@@ -28,7 +28,7 @@ import evaluate
 import film
 import instructions
 import questions
-from car_racing_env import FPS, FRAME_SKIP
+from car_racing_env import BRAKE, FPS, FRAME_SKIP, GAS, LEFT, RIGHT
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of, differs
 from phrasings import INSTRUCTIONS
 from support import checks, web
@@ -45,7 +45,7 @@ MAX_TEXT = 200  # characters of a sentence or a question
 JPEG_QUALITY = 80
 SPEEDS = ("ten", "thirty", "fifty")  # that can be said by a click; others are typed
 
-KEYS = {"ArrowLeft": 2, "ArrowRight": 1, "ArrowUp": 3, "ArrowDown": 4}  # the simulator's actions
+KEYS = {"ArrowLeft": LEFT, "ArrowRight": RIGHT, "ArrowUp": GAS, "ArrowDown": BRAKE}
 SENTENCES = {  # what a visitor may have typed, for the teacher, which reads no words
     instructions.without_marks(sentence): instruction.target
     for instruction in INSTRUCTIONS.values()

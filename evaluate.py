@@ -187,10 +187,7 @@ def drive_all(driver, report, envs, tracks):
             report({"track_seed": current[i], "return": float(returns[i]), "end": end})
             driving[i], returns[i] = bool(waiting), 0.0
             current[i] = waiting.popleft() if waiting else current[i]  # without one left it idles on its last one
-        seeds = [track if ended else None for track, ended in zip(current, done)]
-        obs, reset_infos = envs.reset(seed=seeds, options={"reset_mask": done})
-        for name, x in reset_infos.items():
-            infos[name][done] = x[done]
+        obs = envs.restart(current, done, infos)
 
 
 def summarize(results):

@@ -182,8 +182,14 @@ def held_out_sentences():
     return {without_marks(sentence) for sentence in said | set(HELD_OUT_WORDINGS)}
 
 
-def check_splits():
-    """Raise BadInput if a held-out sentence is a taught one, or is but for small words, which `varied` adds."""
+def check_phrasings():
+    """Raise BadInput if an instruction asks for a stop at a side, or a held-out sentence is taught.
+
+    It is taught, too, if it differs from a taught one in small words alone, which `varied` adds.
+    """
+    for name, instruction in INSTRUCTIONS.items():
+        if instruction.target.speed == 0 and instruction.target.side is not None:
+            raise BadInput(f"phrasings.py: {name!r} is a stop at a side, where nobody drives first: drop one of both")
 
     def told_apart(sentences):
         return {" ".join(word for word in said.split() if word not in SMALL_WORDS) for said in sentences}

@@ -43,14 +43,15 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: first with probability `at_start`, then `chance`.
 
-    In a share `sped_up` of the throws its speed becomes one of SPED_UP_TO, mostly more. In the others it is turned by
-    any angle and, half of the time, put anywhere across road and verge; its velocity then turns along, stays as it was
-    (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it was turned.
+    In a share `sped_up` of the throws (None: SPED_UP) its speed becomes one of SPED_UP_TO, mostly more. In the others
+    it is turned by any angle and, half of the time, put anywhere across road and verge; its velocity then turns along,
+    stays as it was (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it
+    was turned.
     """
 
-    def __init__(self, env, at_start=0.0, chance=0.0, sped_up=SPED_UP):
+    def __init__(self, env, at_start=0.0, chance=0.0, sped_up=None):
         super().__init__(env)
-        self.at_start, self.chance, self.sped_up = at_start, chance, sped_up
+        self.at_start, self.chance, self.sped_up = at_start, chance, SPED_UP if sped_up is None else sped_up
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)

@@ -29,7 +29,7 @@ import film
 import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
-from car_racing_env import FRAME_SKIP, REWARDS
+from car_racing_env import FRAME_SKIP
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, processes, run_files
 
@@ -135,8 +135,12 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_envs(seed, num_envs=NUM_ENVS, rewards=REWARDS, frame_skip=FRAME_SKIP, rank=0, draw=instructions.draw):
-    """A context with the training environments, a list of `Simulators`; enter it before torch starts its threads."""
+def make_envs(seed, num_envs=NUM_ENVS, rewards=None, frame_skip=FRAME_SKIP, rank=0, draw=instructions.draw):
+    """A context with the training environments, a list of `Simulators`; enter it before torch starts its threads.
+
+    `rewards` None are `car_racing_env.REWARDS`.
+    """
+    rewards = rewards or car_racing_env.REWARDS
     instructed = {"draw_instruction": draw, "change": CHANGE, "thrown": THROWN}
     makers = []
     for i in range(num_envs):
@@ -323,7 +327,7 @@ def main():
     if min(EVAL_TRACKS) < car_racing_env.TRAIN_TRACKS:
         raise checks.BadInput(f"EVAL_TRACKS = {EVAL_TRACKS}: validation tracks start at {car_racing_env.TRAIN_TRACKS}")
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(make_envs(SEED, NUM_ENVS, REWARDS, FRAME_SKIP, rank))
+        workers = stack.enter_context(make_envs(SEED, NUM_ENVS, rank=rank))
         torch.set_num_threads(TORCH_THREADS)
         accelerator = processes.make_accelerator(model_file.device())
         stack.callback(accelerator.end_training)

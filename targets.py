@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.checks import BadInput
-
 SIDE = 3.2  # units from the middle of the road; its edges are at 6.7
 SPEED_SCALE = 50.0  # units per second that the teacher reads as 1
 TARGET_SIZE = 5
@@ -26,14 +24,10 @@ ON_ROAD_SHARE = 0.9  # of the decisions with a wheel on the road
 
 @dataclass(frozen=True)
 class Target:
-    """What an instruction asks for. With neither speed nor side the driver races."""
+    """What an instruction asks for. With neither speed nor side the driver races; who stops does so on any side."""
 
     speed: float | None = None  # units per second; 0 is standing still
     side: float | None = None  # offset from the middle of the road in units, right is positive
-
-    def __post_init__(self):
-        if self.speed == 0 and self.side is not None:
-            raise BadInput(f"{self}: who is told to stop is not driven to a side first; ask for one of the two")
 
     def encode(self):
         """What the teacher reads beside the state, float32 (TARGET_SIZE,)."""

@@ -53,7 +53,6 @@ TRACKS = seeds.TRACKS
 ARMS = ("words", "classes", "numbers", "no prior", "random words", "random classes")
 IN_WORDS = ("words", "random words")  # of these the captions are taught as texts
 TOLD = (*IN_WORDS, "numbers", "no prior")  # these can be told something
-PEERS = ("CnnPolicy", "the adapter that ships")
 OUTPUT = Path(__file__).parent / "controls"
 
 
@@ -224,7 +223,7 @@ def run(arm, seed):
 
 def load_runs():
     """Runs that are there, by arm and seed; those of the adapter that ships under "the adapter that ships"."""
-    found = {arm: runs.load(OUTPUT, f"{arm}_") for arm in (*ARMS, *PEERS)}
+    found = {arm: runs.load(OUTPUT, f"{arm}_") for arm in (*ARMS, "CnnPolicy")}
     found["the adapter that ships"] = {seed: row for seed, row in runs.load(seeds.OUTPUT).items() if seed in SEEDS}
     return {arm: rows for arm, rows in found.items() if rows}
 

@@ -17,7 +17,7 @@ from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
 MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
-MAY_CHANGE = ppo.MAY_CHANGE | {"ARMS", "IN_WORDS", "TOLD", "PEERS", "SEEDS"}  # of a run: which others there are
+MAY_CHANGE = ppo.MAY_CHANGE | {"ARMS", "SEEDS"}  # which other runs there are
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -30,12 +30,14 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
     the frames of all processes, of which the first one alone is scored.
     """
     began, num_steps = time.time(), ppo.NUM_STEPS * FRAME_SKIP // frame_skip
+    envs = {"num_envs": ppo.NUM_ENVS, "frame_skip": frame_skip} | (envs or {})
+    arguments = {"k_epochs": ppo.K_EPOCHS, "normalize_return": ppo.NORMALIZE_RETURN} | arguments
     rank, world_size = processes.join_torchrun()
     frames_per_update = world_size * ppo.NUM_ENVS * num_steps * frame_skip
     schedule = {"gamma": ppo.GAMMA ** (frame_skip / FRAME_SKIP), "num_steps": num_steps}
     schedule["total_updates"] = updates = round(frames / frames_per_update)
     evaluate_at, curve, speeds = {updates * i // evaluations for i in range(evaluations)}, [], []
-    with ppo.make_envs(seed, frame_skip=frame_skip, rank=rank, **envs or {}) as workers:
+    with ppo.make_envs(seed, rank=rank, **envs) as workers:
         torch.set_num_threads(ppo.TORCH_THREADS)
         torch.manual_seed(seed)
         model, averaged = load(), load()

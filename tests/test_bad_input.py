@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_bad_input_is_named_and_changes_nothing(name, changes, file, spoil, name
     assert "\n" not in str(caught.value) and files(root) | history == before | history
 
 
+def test_what_the_model_refuses_leaves_the_checkpoints(pipeline, tmp_path, script):
+    root = shutil.copytree(pipeline.root, tmp_path / "run", ignore=shutil.ignore_patterns("*.mp4"))
+    inputs = dict(BASE_MODEL=str(pipeline.base), DATA_DIR=str(pipeline.data))
+    stage2, before = toy_script(STAGE2, root, **inputs), files(root)
+    stage2.GitText2ActionWithPrompt = Mock(side_effect=BadInput("ANSWERS"))
+    with pytest.raises(BadInput, match="ANSWERS"):
+        stage2.main()
+    assert list(root.glob("checkpoints/checkpoint-*")) and files(root) == before
+
+
 @pytest.mark.parametrize("unread", [{"lora_dropout": 0.1}, {"use_dora": True}, {"target_modules": ["word_embeddings"]}])
 def test_a_lora_that_the_pass_does_not_compute(toy_model, unread):
     config = LoraConfig(**{"r": 2, "target_modules": ["query"]} | unread)
@@ -131,20 +142,23 @@ def test_a_sentence_that_is_taught_and_held_out(monkeypatch):
     monkeypatch.setitem(INSTRUCTIONS, "slow", slow)
     monkeypatch.setattr(instructions, "held_out_sentences", instructions.held_out_sentences.__wrapped__)
     with pytest.raises(BadInput, match="drive slowly"):
-        instructions.check_splits()
+        instructions.check_phrasings()
 
 
-def test_a_stop_at_a_side():
-    with pytest.raises(BadInput, match="side"):
-        Target(speed=0.0, side=-SIDE)
+def test_a_stop_at_a_side(monkeypatch):
+    monkeypatch.setitem(INSTRUCTIONS, "park", INSTRUCTIONS["stop"]._replace(target=Target(0.0, -SIDE)))
+    with pytest.raises(BadInput, match="park"):
+        instructions.check_phrasings()
 
 
-def test_a_question_that_nothing_answers(monkeypatch):
-    monkeypatch.setitem(questions.QUESTIONS, "edge", ("Is the edge near?",))
+def test_a_question_without_an_answer_and_an_answer_without_a_question(monkeypatch):
     env = make_evaluation_env()
     _, info = env.reset(seed=0)
-    with pytest.raises(BadInput, match="edge"):
-        questions.describe(read_state(info["state"]), env.get_wrapper_attr("road"))
+    without_speed = {about: asked for about, asked in questions.QUESTIONS.items() if about != "speed"}
+    for about, known in (("edge", questions.QUESTIONS | {"edge": ("Is it near?",)}), ("speed", without_speed)):
+        monkeypatch.setattr(questions, "QUESTIONS", known)
+        with pytest.raises(BadInput, match=about):
+            questions.describe(read_state(info["state"]), env.get_wrapper_attr("road"))
 
 
 def test_answers_that_one_pass_cannot_score(toy_model):

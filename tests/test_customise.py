@@ -107,5 +107,6 @@ def customised_a_sweep_runs_with_the_constants_that_its_run_json_names(model):
     assert [constants["ppo_git_with_prompt.py"]["GAMMA"] for constants in made] == [0.95, 0.98]
     assert {constants["GitText2ActionWithPrompt.py"]["HEAD_SIZE"] for constants in made} == {128} == {model.head_size}
     updates, others = (read_log(SWEPT.with_name(f"gamma_{gamma}") / "update_log.csv") for gamma in ("0.98", "0.95"))
-    assert [int(row["env_frames"]) for row in updates] == [64 * (1 + i) for i in range(12)]  # 2 x 16 decisions
+    assert [int(row["env_frames"]) for row in updates] == [64 * (1 + i) for i in range(12)]
+    assert round(float(updates[0]["decisions_per_second"]) * float(updates[0]["seconds"])) == 32  # 2 x 16
     assert updates[0]["value_loss"] != others[0]["value_loss"]

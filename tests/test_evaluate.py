@@ -5,23 +5,25 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pygame
 import pytest
 import torch
 from test_GitText2ActionWithPrompt import inputs
 
+import car_racing_env
 import evaluate
 import film
 import instructions
 from benchmarks import drives, obedience, recovery
+from car_racing_env import BRAKE, GAS, NO_OP
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, parse_answer
 from road import STATE_SIZE
 from support.run_files import ROOT
 from targets import RACE, SIDE, Target
-from teacher import Teacher
+from teacher import Teacher, make_evaluation_env
 
-GAS, BRAKE = 3, 4  # the simulator's actions
 BASE, ADAPTER, POLICY = "offline/git-tiny", "lora_git_caption_model_carllava", "results/published/policy"
 GOLDEN_SPEEDS = ["forty", "fifty", "sixty-five", "seventy-five", "seventy-five", "fifty-five", "seventy-five"]
 TOLD = ["", "Keep right.", "", "Drive slowly.", "Stop.", "", "Slow down.", "The left lane is closed."]
@@ -45,6 +47,30 @@ def test_results_do_not_depend_on_the_number_of_environments():
     for num_envs in (1, 2):
         assert evaluate.evaluate(driver, tracks, num_envs) == expected
     assert sum(asked) == 3 * decisions  # asked only where a car still drives
+
+
+def test_a_driver_reads_all_that_its_environments_tell(monkeypatch):
+    """Three tracks in two of them that count decisions: from 0 on each track, though only a step tells it."""
+
+    class Counted(gym.Wrapper):
+        def reset(self, **kwargs):
+            self.decision = 0
+            return self.env.reset(**kwargs)
+
+        def step(self, action):
+            self.decision += 1
+            *result, info = self.env.step(action)
+            return *result, info | {"decision": self.decision}
+
+    def driver(frames, infos):
+        seen.extend(infos.get("decision", np.zeros(len(frames))))
+        return np.full(len(frames), NO_OP)
+
+    seen = []
+    monkeypatch.setattr(car_racing_env, "MAX_FRAMES", 6)
+    monkeypatch.setattr(evaluate, "make_evaluation_env", lambda skip: Counted(make_evaluation_env(skip)))
+    evaluate.evaluate(driver, [0, 1, 2], num_envs=2)
+    assert sorted(seen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 @torch.no_grad()

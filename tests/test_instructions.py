@@ -23,7 +23,7 @@ def words(sentences):
 def test_held_out_sentences_are_not_taught_and_their_words_are_known():
     """Word for word, small words left out; some words are known from the questions about the scene alone."""
     taught, held_out = instructions.taught_sentences(), instructions.held_out_sentences()
-    instructions.check_splits()
+    instructions.check_phrasings()
     rows = map(json.loads, (ROOT / "CarRacing-Data/train/metadata.jsonl").read_text().splitlines())
     asked = [text for row in rows for x in row["asked"] for text in (x["question"], x["text"])]
     assert words(held_out) <= words(taught) | words(asked) | words(map(questions.number, range(101)))
