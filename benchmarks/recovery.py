@@ -7,7 +7,7 @@ shows as well: these short cuts, that cost the lap, are counted by themselves to
 that only coasts after the turn: turned by less than 90 degrees it often rolls on far enough. Writes
 benchmarks/recovery.json, a part for each driver.
 
-    python -m benchmarks.recovery      # 8 minutes for the teacher on two slow CPU cores
+    python -m benchmarks.recovery      # 2 to 8 minutes a driver on two CPU cores
 """
 
 import time
