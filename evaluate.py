@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import film
 import instructions
-from car_racing_env import ENV_ID, FRAME_SKIP, episode_end
+from car_racing_env import ENV_ID, FRAME_SKIP, NO_OP, episode_end
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
 from phrasings import COMBINATIONS, HELD_OUT_COMBINATIONS, INSTRUCTIONS
 from support import checks, processes, run_files
@@ -92,7 +92,7 @@ class Answers:
         with self.counting:
             self.words += len(texts)
             self.unparsable += sum(text not in ANSWERS for text in texts)
-        return np.array([ANSWERS.get(text, 0) for text in texts])
+        return np.array([ANSWERS.get(text, NO_OP) for text in texts])
 
     def explain(self, frames, infos):
         """Actions, the words, and the probabilities of the five answers, (N, 5)."""
@@ -187,7 +187,7 @@ def drive_all(driver, report, envs, tracks):
             report({"track_seed": current[i], "return": float(returns[i]), "end": end})
             driving[i], returns[i] = bool(waiting), 0.0
             current[i] = waiting.popleft() if waiting else current[i]  # without one left it idles on its last one
-        obs = envs.restart(current, done, infos)
+        obs, infos = envs.restart(current, done, infos)
 
 
 def summarize(results):

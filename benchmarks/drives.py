@@ -77,11 +77,11 @@ def drive_all(driver, envs, tracks, decisions, says):
         frames, _, terminated, truncated, infos = envs.step(driver(frames, infos))
         done = terminated | truncated
         left_field = left_field | (driving & terminated & ~infos.get("lap_finished", np.ones(len(tracks), dtype=bool)))
-        ways = {name: infos[name].copy() for name in ("travelled", "short_cuts")}
+        ways = {name: infos[name] for name in ("travelled", "short_cuts")}
         rows.append(measure(infos["state"]) | ways | {"driving": driving, "left_field": left_field})
         driving = driving & ~done
         if done.any():  # it idles
-            frames = envs.restart(tracks, done, infos)
+            frames, infos = envs.restart(tracks, done, infos)
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

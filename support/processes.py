@@ -103,15 +103,16 @@ class Simulators:
         return self._request("reset", **kwargs)
 
     def restart(self, seeds, done, infos):
-        """Reset those that are `done`, bool (N,), each on its seed of N; returns the observations of all.
+        """Reset those that are `done`, bool (N,), each on its seed of N; returns observations and infos of all.
 
-        Their part of the last step's `infos` becomes what reset says, and 0 where it says nothing.
+        The infos are the last step's `infos`, but for what reset says of those, and 0 where it says nothing.
         """
         seeds = [seed if ended else None for seed, ended in zip(seeds, done)]
         obs, reset_infos = self.reset(seed=seeds, options={"reset_mask": done})
+        infos = {name: x.copy() for name, x in infos.items()}
         for name, x in infos.items():
             x[done] = reset_infos[name][done] if name in reset_infos else 0
-        return obs
+        return obs, infos
 
     def step(self, actions):
         return self._request("step", actions)

@@ -93,10 +93,8 @@ def test_a_policy_begins_as_the_words_and_its_fresh_lora_trains_the_features_alo
     model = GitText2ActionWithPrompt.from_pretrained(toy_base, language_prior=0.5, prior_floor=0.1, head_size=32)
     features, scores = model.encode(frames)
     logits, value = model.head(features, scores)
-    assert (
-        torch.allclose(logits, 0.5 * torch.log(0.9 * scores.exp() + 0.1 / len(scores[0])), atol=1e-6)
-        and not value.any()
-    )
+    prior = 0.5 * torch.log(0.9 * scores.exp() + 0.1 / scores.shape[1])
+    assert torch.allclose(logits, prior, atol=1e-6) and not value.any()
     model.add_lora(rank=2, alpha=4)
     assert torch.allclose(model.features(frames), features, atol=1e-5)
     randomize(model, "_head.", "lora_B")

@@ -1,12 +1,14 @@
-"""Ten seeds: the interval of their mean, and what is said of them together. The controls without words."""
+"""Ten seeds: the interval of their mean, and what they say together. Controls without words. Measured drives."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import evaluate
-from benchmarks import controls, seeds
+from benchmarks import controls, drives, obedience, recovery, seeds
 from GitText2ActionWithPrompt import ANSWERS
-from targets import RACE, Target
+from targets import RACE, SIDE, Target
 
 
 def test_the_interval_counts_seeds_and_tracks_as_draws():
@@ -79,3 +81,38 @@ def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, 
 def test_targets_told_in_numbers():
     for target in (RACE, Target(25.0), Target(side=-3.2), Target(0.0), Target(30.0, 0.0)):
         assert controls.read_numbers(controls.in_numbers(target)) == target
+
+
+def test_a_drive_is_told_and_turned():
+    """Two cars with gas until they are told to stop after 40 decisions, the second turned round at that moment."""
+    words = SimpleNamespace(answer=lambda frames, told: ["Brake" if told else "Accelerate"] * len(frames))
+    results = drives.drive(evaluate.Answers(words), [3, 3], 120, {40: "Stop."}, [0.0, np.pi], 40)
+    speed, along = results["speed"], results["along"]
+    assert (speed[39] > 20).all() and (speed[-1] < 2).all()
+    assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
+    assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
+    tiles = results["travelled"]
+    assert (tiles[39] > 5).all() and tiles[-1, 1] < tiles[39, 1] and tiles[-1, 0] > tiles[39, 0]
+    assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == [1, 1]
+
+
+def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):
+    monkeypatch.setattr(recovery, "WHEN", 2)
+    tiles = np.array([[9, 0, 0, 8, 0], [9, 0, 0, 8, 0], [-8, 8, 8, 8, 8], [8, 8, 8, 8, 8], [14, -9, 0, 0, 0]])
+    driving, short_cuts = np.ones((5, 5), bool), np.zeros((5, 5), int)
+    driving[3:, 2], short_cuts[4:, 1], short_cuts[2:, 3] = False, 1, 1  # of the second only after it had come back
+    short_cuts[:, 4] = 1  # and of the last before the turn
+    results = {"travelled": tiles.cumsum(0), "driving": driving, "short_cuts": short_cuts}
+    back, by_short_cut = recovery.came_back(results)
+    assert back.tolist() == [False, True, False, True, True]
+    assert by_short_cut.tolist() == [False, False, False, True, False]
+
+
+def test_obedience_is_judged_after_the_grace_and_while_it_drives():
+    """Three cars, told something at decision 50: it obeys; too fast for half of what is judged; it leaves the field."""
+    driving, left_field, speed = np.ones((215, 3), bool), np.zeros((215, 3), bool), np.full((215, 3), 30.0)
+    speed[:175], speed[195:, 1] = 60.0, 60.0  # before and within the grace of 125 decisions, and later
+    driving[200:, 2], left_field[200:, 2] = False, True
+    results = {"speed": speed, "along": speed, "offset": np.full((215, 3), SIDE), "on_road": np.ones((215, 3), bool)}
+    judged = obedience.judge(Target(30.0, SIDE), results | {"driving": driving, "left_field": left_field}, 50)
+    assert judged.tolist() == [[1, 0, 0], [1, 0.5, 0], [1, 1, 0]]  # obeyed, at the speed, on the side

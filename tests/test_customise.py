@@ -71,15 +71,17 @@ def push(env, speed):
 
 
 def customised_reward_and_input_of_the_heads(model):
-    """Above 70 a decision costs; the last feature is the speed, which a LoRA sees, too."""
+    """Above 70 a decision costs; the last feature is the speed, which a saved policy and a LoRA see, too."""
     both, frames, speeds = (REWARDS, dataclasses.replace(REWARDS, speed_penalty=0.0)), [], []
     for pushed in (0, 20, 40, 80, 120):
         (frame, with_term, speed), (_, without, _) = (push(make_training_env(0, rewards), pushed) for rewards in both)
         assert without - with_term == pytest.approx(0.1 * max(0, speed - 70), abs=1e-4)
         frames.append(frame), speeds.append(speed)
-    frames, loaded = np.stack(frames), model_file.GitText2ActionWithPrompt.from_policy(SWEPT / "policy")
+    model.save_policy(ROOT / "results/policy")
+    frames, loaded = np.stack(frames), model_file.GitText2ActionWithPrompt.from_policy(ROOT / "results/policy")
     features, _ = model.encode(frames)
     np.testing.assert_allclose(50 * features[:, -1], speeds, atol=5)
+    assert torch.allclose(model(frames)[0], loaded(frames)[0], atol=1e-5)
     loaded.add_lora(rank=2, alpha=4)
     assert torch.equal(loaded.features(frames)[:, -1], features[:, -1]) and max(speeds) > 70
 

@@ -1,9 +1,8 @@
-"""Drivers on tracks: what they score, films, the teacher's rules, measured drives, golden outputs of what ships."""
+"""Drivers on tracks: what they score, films, the teacher's rules, golden outputs of what ships."""
 
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +15,7 @@ import car_racing_env
 import evaluate
 import film
 import instructions
-from benchmarks import drives, obedience, recovery
+from benchmarks import drives
 from car_racing_env import BRAKE, GAS, NO_OP
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, parse_answer
 from road import STATE_SIZE
@@ -127,41 +126,6 @@ def test_it_keeps_to_the_side_that_it_is_told(name):
     target = instructions.target(name)
     results = drives.drive(evaluate.Teacher(), [100_003], 150, {0: target})
     assert target.on_side(results["offset"][75:, 0]).mean() > 0.95
-
-
-def test_a_drive_is_told_and_turned():
-    """Two cars with gas until they are told to stop after 40 decisions, the second turned round at that moment."""
-    words = SimpleNamespace(answer=lambda frames, told: ["Brake" if told else "Accelerate"] * len(frames))
-    results = drives.drive(evaluate.Answers(words), [3, 3], 120, {40: "Stop."}, [0.0, np.pi], 40)
-    speed, along = results["speed"], results["along"]
-    assert (speed[39] > 20).all() and (speed[-1] < 2).all()
-    assert along[38:40] == pytest.approx(speed[38:40], rel=0.1)
-    assert along[41, 1] == pytest.approx(-speed[41, 1], rel=0.1) and along[41, 0] > 20
-    tiles = results["travelled"]
-    assert (tiles[39] > 5).all() and tiles[-1, 1] < tiles[39, 1] and tiles[-1, 0] > tiles[39, 0]
-    assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == [1, 1]
-
-
-def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):
-    monkeypatch.setattr(recovery, "WHEN", 2)
-    tiles = np.array([[9, 0, 0, 8, 0], [9, 0, 0, 8, 0], [-8, 8, 8, 8, 8], [8, 8, 8, 8, 8], [14, -9, 0, 0, 0]])
-    driving, short_cuts = np.ones((5, 5), bool), np.zeros((5, 5), int)
-    driving[3:, 2], short_cuts[4:, 1], short_cuts[2:, 3] = False, 1, 1  # of the second only after it had come back
-    short_cuts[:, 4] = 1  # and of the last before the turn
-    results = {"travelled": tiles.cumsum(0), "driving": driving, "short_cuts": short_cuts}
-    back, by_short_cut = recovery.came_back(results)
-    assert back.tolist() == [False, True, False, True, True]
-    assert by_short_cut.tolist() == [False, False, False, True, False]
-
-
-def test_obedience_is_judged_after_the_grace_and_while_it_drives():
-    """Three cars, told something at decision 50: it obeys; too fast for half of what is judged; it leaves the field."""
-    driving, left_field, speed = np.ones((215, 3), bool), np.zeros((215, 3), bool), np.full((215, 3), 30.0)
-    speed[:175], speed[195:, 1] = 60.0, 60.0  # before and within the grace of 125 decisions, and later
-    driving[200:, 2], left_field[200:, 2] = False, True
-    results = {"speed": speed, "along": speed, "offset": np.full((215, 3), SIDE), "on_road": np.ones((215, 3), bool)}
-    judged = obedience.judge(Target(30.0, SIDE), results | {"driving": driving, "left_field": left_field}, 50)
-    assert judged.tolist() == [[1, 0, 0], [1, 0.5, 0], [1, 1, 0]]  # obeyed, at the speed, on the side
 
 
 @pytest.fixture(scope="module")
