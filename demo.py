@@ -124,7 +124,6 @@ class Drive(film.Drive):
         Image.fromarray(self.picture(attention)).save(jpeg, "JPEG", quality=JPEG_QUALITY)
         return self.facts | {
             "driver": self.name,
-            "reads": self.reads,
             "picture": base64.b64encode(jpeg.getvalue()).decode(),
             "speed": round(self.speed, 1),
             "return": round(self.total, 1),
@@ -195,7 +194,7 @@ class Session(threading.Thread):
         Several that begin anew do it once, afterwards.
         """
         changed = False
-        while not self.commands.empty():
+        while not self.ended.is_set() and not self.commands.empty():
             (command, value), changed = self.commands.get(), True
             getattr(self, f"do_{command}")(value)
         return changed
@@ -253,11 +252,11 @@ class Session(threading.Thread):
         return " ".join(filter(None, said))
 
     def unknown(self, text):
-        """Which words of a text the model's vocabulary spells in single letters, as a sentence, or ""."""
+        """Which words of a text the model does not know, or reads letter by letter, as a sentence, or ""."""
         tokenizer = self.model.processor.tokenizer
-        cut = {word: tokenizer.tokenize(word) for word in instructions.without_marks(text).split() if len(word) > 1}
-        words = [word for word, pieces in cut.items() if len(pieces) == len(word) or tokenizer.unk_token in pieces]
-        return f"Not in its vocabulary, read letter by letter: {', '.join(words)}." if words else ""
+        cut = {word: tokenizer.tokenize(word) for word in re.findall(r"\w+", questions.spelled(text.lower()))}
+        words = [word for word, read in cut.items() if tokenizer.unk_token in read or len(read) == len(word) > 1]
+        return f"Not in its vocabulary: {', '.join(words)}." if words else ""
 
 
 def understand(message):

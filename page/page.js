@@ -20,6 +20,7 @@ function connect() {
   socket.onmessage = (event) => receive(JSON.parse(event.data));
   socket.onclose = () => {
     if (!full) status("not connected; trying again …");
+    full = false;
     setTimeout(connect, 3000);
   };
 }
@@ -46,7 +47,6 @@ function receive(message) {
 function begin(message) {
   const again = known !== undefined;
   known = message;
-  full = false;
   status("driving");
   $("sentence").maxLength = $("question").maxLength = message.max_text;
   for (const [command, value] of Object.entries(wanted)) send(command, value);
@@ -135,6 +135,7 @@ function reply(message) {
 
 function choose(first, second) {
   drivers = second ? [first, second] : [first];
+  release();
   send("drivers", drivers);
   if (drivers.includes("you")) document.activeElement.blur();  // so that the arrow keys drive
 }
@@ -143,6 +144,10 @@ function press(key, down) {
   if (pressed.has(key) === down) return;
   if (down) pressed.add(key); else pressed.delete(key);
   send("keys", [...pressed]);
+}
+
+function release() {
+  for (const key of [...pressed]) press(key, false);
 }
 
 // a key button worked by the keyboard or a screen reader: a short press
@@ -180,12 +185,13 @@ $("attention").onchange = () => send("attention", $("attention").checked);
 const typing = () => ["INPUT", "SELECT"].includes(document.activeElement.tagName) && document.activeElement.type !== "checkbox";
 for (const [kind, down] of [["keydown", true], ["keyup", false]]) {
   addEventListener(kind, (event) => {
-    if (!event.key.startsWith("Arrow") || !drivers.includes("you") || (typing() && down)) return;
-    if (event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
+    if (!event.key.startsWith("Arrow")) return;
+    const modified = event.altKey || event.ctrlKey || event.metaKey;
+    if (down && (typing() || modified || !drivers.includes("you"))) return;  // but a key that is let go always counts
+    if (drivers.includes("you") && !typing()) event.preventDefault();
     press(event.key, down);
   });
 }
-addEventListener("blur", () => { for (const key of [...pressed]) press(key, false); });
+addEventListener("blur", release);
 
 connect();

@@ -18,6 +18,8 @@ except ImportError as error:
 
 from support.run_files import ROOT
 
+MAX_WAITING = 100  # commands of one visitor; no person is as fast
+
 
 class NotUnderstood(Exception):
     """A message that the page does not send: its session is closed."""
@@ -90,8 +92,10 @@ def make_app(make_session, understand, welcome, max_sessions):
                 command, value = understand(await socket.receive_text())
                 if command == "seen":
                     latest.was_seen()
-                else:
+                elif session.commands.qsize() < MAX_WAITING:
                     session.commands.put((command, value))
+                else:
+                    raise NotUnderstood
 
         tasks = [asyncio.create_task(send()), asyncio.create_task(receive())]
         session.start()

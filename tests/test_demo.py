@@ -66,7 +66,10 @@ def test_what_a_visitor_is_told(toy_model):
     session.begin()
     assert session.drives[0].driver(None, None) == [3]
     session.do_ask("How fast is the car?")
-    assert "PPO" in said[-1]["by"] and session.told == ""
+    assert "PPO" in said[-1]["by"] and session.told == "" and not said[-1]["note"]
+    for question, unknown in (("Стоп?", "стоп"), ("How far is 150?", "150")):
+        session.do_ask(question)
+        assert said[-1]["note"].endswith(f" {unknown}.") and session.told == ""
     session.do_say("left " * 100)
     assert "token" in said[-1]["note"] and session.told == ""
     session.close()
@@ -96,12 +99,14 @@ def test_one_session_does_not_disturb_another(toy_model):
     """
     with serving(toy_model, MAX_SESSIONS=2) as (address, sessions):
         calm, _ = drive(address)
-        for hostile in ("{", "x" * 10_000, b"\x00\xff", json.dumps({"say": "a" * 201})):
+        flood = [json.dumps({"ask": "How fast is the car?"})] * 1000
+        for hostile in (["{"], ["x" * 10_000], [b"\x00\xff"], [json.dumps({"say": "a" * 201})], flood):
             other, _ = drive(address)
             wait_for(lambda: len(sessions) == 2)
             assert "full" in drive(address)[1]
-            other.send(hostile)
             with pytest.raises(ConnectionClosed):
+                for message in hostile:
+                    other.send(message)
                 for _ in range(1000):
                     other.recv(timeout=10)
             wait_for(lambda: len(sessions) == 1, 5)

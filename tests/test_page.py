@@ -42,6 +42,13 @@ def speed(page):
     return float(page.inner_text(".speed"))
 
 
+def coasts(page):
+    """Whether its speed stays the same for half a second."""
+    before = speed(page)
+    page.wait_for_timeout(500)
+    return speed(page) == before
+
+
 def enter(page, field, text):
     page.fill(field, text), page.keyboard.press("Enter")
 
@@ -83,6 +90,8 @@ def test_the_page(visit, tmp_path):
     assert page.input_value("#track") == "100003" and page.input_value("#first") == "you"
     page.keyboard.down("ArrowUp")
     wait_for(lambda: speed(page) > 20)
+    page.keyboard.down("Control"), page.keyboard.up("ArrowUp"), page.keyboard.up("Control")  # let go all the same
+    wait_for(lambda: coasts(page), 5)
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
