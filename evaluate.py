@@ -2,14 +2,13 @@
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
 words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json, the instruction
-in its name if there is one, and, if asked, a video; a run with another POLICY or MODEL replaces them unless RESULTS_DIR
-is another one, too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
+in its name if there is one, and, with VIDEO, a video; a run with another POLICY or MODEL replaces them unless
+RESULTS_DIR is another one, too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
 """
 
 import collections
-import contextlib
 import functools
 import re
 import threading
@@ -148,19 +147,15 @@ def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP):
     tracks = list(tracks)
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))
     shares = [tracks[i::num_workers] for i in range(num_workers)]
-    bar = tqdm(total=len(tracks), unit="track", leave=False)
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        scores = {}
-        makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs, len(tracks))
-        workers = stack.enter_context(processes.simulators(makers, "DISABLED", num_workers))
-        stack.enter_context(bar)
+    makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs, len(tracks))
+    scores, bar = {}, tqdm(total=len(tracks), unit="track", leave=False)
 
-        def report(result):
-            scores[result["track_seed"]] = result
-            bar.update()
-            bar.set_postfix(mean=f"{np.mean([r['return'] for r in [*scores.values()]]):.1f}")
+    def report(result):
+        scores[result["track_seed"]] = result
+        bar.update()
+        bar.set_postfix(mean=f"{np.mean([r['return'] for r in [*scores.values()]]):.1f}")
 
+    with ThreadPoolExecutor(num_workers) as pool, processes.simulators(makers, "DISABLED", num_workers) as workers, bar:
         list(pool.map(functools.partial(drive_all, driver, report), workers, shares))
     return [scores[track] for track in tracks]
 
@@ -251,7 +246,7 @@ def main():
         "ends": [r["end"] for r in results],
     }
     facts |= summary | {"seconds": round(time.time() - began, 1)} | lists
-    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"[a-z0-9]+", INSTRUCTION.lower())])
+    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"\w+", INSTRUCTION.lower())])
     run_files.write_json(results_dir / f"eval_{name}.json", facts)
     print("{mean:.1f} ± {std:.1f}, min {min:.0f}, {laps_finished_percent:.0f} % laps".format(**summary))
     print(f"wrote {RESULTS_DIR}/eval_{name}.json")

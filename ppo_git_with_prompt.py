@@ -56,7 +56,7 @@ GAE_LAMBDA = 0.95
 CLIP = 0.2
 ENTROPY_COEF = 0.0
 KL_COEF = 0.01  # pull towards the prior: the model's answers, or with LANGUAGE_PRIOR = 0 an even spread
-VALUE_COEF = 0.5  # the heads share no weights, but the bound on their gradients, and with TRAIN_LORA the LoRA
+VALUE_COEF = 0.5  # the heads share only the clipping of their gradients, and with TRAIN_LORA the LoRA
 MAX_GRAD_NORM = 0.5
 EMA_DECAY = 0.9  # per update, of the averaged weights, which are evaluated and kept
 NORMALIZE_RETURN = True  # divide rewards by the running std of the discounted return
@@ -337,8 +337,9 @@ def main():
             if TRAIN_LORA:
                 each.add_lora(LORA_RANK, LORA_ALPHA)
         torch.manual_seed(SEED + rank)  # every process has the same heads, and acts by draws of its own
-        facts = {"processes": world_size, "instructions": instructions.digest()} | model.source
-        run = run_files.describe_run(globals(), *map(vars, (model_file, car_racing_env, perturbations)), **facts)
+        facts = {"processes": world_size, "device": model.device.type, "instructions": instructions.digest()}
+        modules = (model_file, car_racing_env, perturbations)
+        run = run_files.describe_run(globals(), *map(vars, modules), **facts | model.source)
         driver = evaluate.Policy(averaged)
         state = None
         episode = 0

@@ -165,6 +165,21 @@ def load_data():
     return train, validation
 
 
+def load_model():
+    """BASE_MODEL with the LoRA to train, read by the fast pass; its processor; what the adapter is made for."""
+    git, processor = checkpoints.load_base(BASE_MODEL)
+    facts = model_file.task() | {"base_model": BASE_MODEL, "base_fingerprint": checkpoints.fingerprint(git)}
+    git = git_forward.train_by_this_pass(git, processor.image_processor)
+    if ADAPTER:
+        made_for = checks.read_json(ROOT / ADAPTER / checkpoints.TASK_FILE)
+        checks.check_same(f"{ADAPTER}/", made_for, facts, "put it back, or name another ADAPTER")
+        git = checkpoints.attach_adapter(git, ROOT / ADAPTER, trainable=True)
+    else:
+        git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
+    checkpoints.check_lora(git)
+    return git, processor, facts
+
+
 def make_trainer(git, processor, data, report):
     """Transformers' Trainer with this script's constants; a checkpoint per epoch in CHECKPOINT_DIR."""
     texts = functools.partial(draw_texts, reworded=REWORDED, wishes=WISHES)
@@ -218,16 +233,7 @@ def main():
     checkpoint = None
     set_seed(SEED)
     train, validation = load_data()
-    git, processor = checkpoints.load_base(BASE_MODEL)
-    facts = model_file.task() | {"base_model": BASE_MODEL, "base_fingerprint": checkpoints.fingerprint(git)}
-    git = git_forward.train_by_this_pass(git, processor.image_processor)
-    if ADAPTER:
-        made_for = checks.read_json(ROOT / ADAPTER / checkpoints.TASK_FILE)
-        checks.check_same(f"{ADAPTER}/", made_for, facts, "put it back, or name another ADAPTER")
-        git = checkpoints.attach_adapter(git, ROOT / ADAPTER, trainable=True)
-    else:
-        git = get_peft_model(git, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS))
-    checkpoints.check_lora(git)
+    git, processor, facts = load_model()
     data_hash = " ".join(run_files.file_hash(folder / "train/metadata.jsonl") for folder in training_folders())
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
     inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}

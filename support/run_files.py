@@ -151,9 +151,9 @@ def read_log(path):
 class RunLogs:
     """What a PPO run writes while it trains: three CSV logs, run.json and, if TensorBoard is installed, its scalars.
 
-    `state`, of a run that continues, says after which update; without one logs, state and videos of an earlier run in
-    `folder` go, its policy and graphs when they are replaced. A context manager: it holds the folder, so that no other
-    run writes there, and brings run.json up to date when it ends.
+    `state`, of a run that continues, says after which update. Without it the logs, state and videos of an earlier run
+    in `folder` are deleted; its policy and graphs stay until they are replaced. A context manager: it holds the folder,
+    so that no other run writes there, and brings run.json up to date when it ends.
     """
 
     def __init__(self, folder, run, state=None):
@@ -161,6 +161,7 @@ class RunLogs:
         for video in folder.glob("video_episode_*.partial*" if state else "video_episode_*"):  # partial: it was killed
             video.unlink()
         if not state:
+            (folder / "video_final.mp4").unlink(missing_ok=True)
             (folder / "state.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         last_update = state["update"] if state else None
