@@ -60,8 +60,8 @@ def draw_texts(row, reworded=0.0, wishes=0.0):
 
     The plain question, the question under the frame's first instruction (the driver's, if it had one) and under another
     one, and a question about the scene or, in a share `wishes` of the frames, about the instruction; as far as stage 1
-    gave the frame any. A share `reworded` of the plain questions, and half of it of those under an instruction, are in
-    other words.
+    gave the frame any. A share `reworded` of the plain questions is asked in other words, and half that share of those
+    under an instruction.
     """
 
     def wording(share):

@@ -43,8 +43,8 @@ class Rewards:
     penalty_ramp: float = 0.25  # share of the lap over which both penalties grow from 0: a beginner would stand still
     lap_bonus: float = 100.0  # added by a finished lap: about what driving on would be worth; no frame shows the finish
     thrown_grace: int = 300  # frames after a throw that turned the car: neither grass nor missed tiles cost anything
-    progress: float = 0.0  # per tile's length along the road, backwards negative: where to go for a car that was turned
-    facing: float = 0.0  # for turning towards the road's direction, per change of the angle's cosine, which is 2 in all
+    progress: float = 0.0  # per tile's length along the road, negative backwards: it tells a turned car where to go
+    facing: float = 0.0  # per change of the cosine of the car's angle to the road, 2 for a half turn
     # told a speed, keeping it pays in place of the tiles, about what racing pays, and no tile left behind costs; told a
     # side, being off it costs; both are per two frames, times an error from 0 to 1
     speed_kept: float = 2.4

@@ -1,8 +1,8 @@
 """Stage 1: a trained policy drives, and each frame it sees becomes an image with answers in words.
 
-Reads offline/teacher.safetensors (or an adapter, or a PPO policy). Writes CarRacing-Data/, an imagefolder dataset:
-train/ and validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet, task.json and
-run.json.
+Reads offline/teacher.safetensors and, if POLICY names one, an adapter or a PPO policy. Writes CarRacing-Data/, an
+imagefolder dataset: train/ and validation/ (other tracks), each with metadata.jsonl; a dataset card, a contact sheet,
+task.json and run.json.
 
     python collect_captions.py      # 2 to 6 minutes on two CPU cores: 47,000 frames
 

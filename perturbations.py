@@ -10,7 +10,7 @@ from road import move_car
 
 THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
 THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
-SPED_UP = 0.7  # share of the throws that only give it one of these speeds, in its direction; stage 1 has its own
+SPED_UP = 0.7  # share of the throws that only give it a speed between these, in its direction; stage 1 has its own
 SPED_UP_TO = (60.0, 95.0)  # units per second: the teacher reaches 79, gas and nothing else 94
 
 
@@ -43,7 +43,8 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: first with probability `at_start`, then `chance`.
 
-    In a share `sped_up` of the throws (None: SPED_UP) its speed becomes one of SPED_UP_TO, mostly more. In the others
+    In a share `sped_up` of the throws (None: SPED_UP) its speed becomes one between the bounds SPED_UP_TO,
+    mostly more. In the others
     it is turned by any angle and, half of the time, put anywhere across road and verge; its velocity then turns along,
     stays as it was (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it
     was turned.
