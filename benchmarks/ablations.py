@@ -6,7 +6,7 @@ the frames in all but "half as many frames". At another frame skip what is per d
 clipped reward, the chances of throws and of another instruction. In first_model/ are runs of 150,000 frames on the
 first model, whose last weights were scored, not their average.
 
-    python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 90 to 110
+    python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 85 to 115
 """
 
 import dataclasses

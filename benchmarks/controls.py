@@ -16,7 +16,7 @@ Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those
 Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds
 of the adapter that ships (benchmarks/seeds.py; only their PPO differs) stand beside them.
 
-    python -m benchmarks.controls      # 13 to 45 minutes a run; after python collect_captions.py
+    python -m benchmarks.controls      # 13 to 60 minutes a run; after python collect_captions.py
 """
 
 import functools
