@@ -249,7 +249,7 @@ def over_seeds(rows):
     """What runs by seed say together: their number, mean and interval, the worst one, bad drives, laps."""
     told = seeds.summarize(rows)
     mean = "{mean} ({interval[0]} to {interval[1]})" if len(rows) > 2 else "{mean}"
-    shares = (f"{told[name]} %" for name in ("below_500_percent", "laps_finished_percent"))
+    shares = (f"{told[name]:.1f} %" for name in ("below_500_percent", "laps_finished_percent"))
     return [str(len(rows)), mean.format(**told), f"{min(told['seeds'].values()):.1f}", *shares]
 
 
