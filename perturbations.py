@@ -10,8 +10,8 @@ from road import move_car
 
 THROWN_BESIDE = 10.0  # units from the middle of the road, at most, where a thrown car is put: the verge begins at 6.7
 THROWN_SPEED = 70.0  # units per second, at most, of a thrown car
-SPED_UP = 0.7  # share of the throws that only give it a speed between these, in its direction; stage 1 has its own
-SPED_UP_TO = (60.0, 95.0)  # units per second: the teacher reaches 79, gas and nothing else 94
+SPED_UP = 0.7  # share of the throws that only give it a speed in SPED_UP_TO, in its direction; stage 1 has its own
+SPED_UP_TO = (60.0, 95.0)  # lowest and highest, units per second: the teacher reaches 79, gas and nothing else 94
 
 
 class RandomBursts(gym.Wrapper):
@@ -43,11 +43,10 @@ class RandomBursts(gym.Wrapper):
 class Throws(gym.Wrapper):
     """Throw the car about, so that coming back is learned: first with probability `at_start`, then `chance`.
 
-    In a share `sped_up` of the throws (None: SPED_UP) its speed becomes one between the bounds SPED_UP_TO,
-    mostly more. In the others
-    it is turned by any angle and, half of the time, put anywhere across road and verge; its velocity then turns along,
-    stays as it was (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]` says when it
-    was turned.
+    In a share `sped_up` of the throws (None: SPED_UP) its speed becomes one in the range SPED_UP_TO, mostly more. In
+    the others it is turned by any angle and, half of the time, put anywhere across road and verge; its velocity then
+    turns along, stays as it was (the car slides), or is a new one. Draws come from the episode's seed; `info["thrown"]`
+    says when it was turned.
     """
 
     def __init__(self, env, at_start=0.0, chance=0.0, sped_up=None):

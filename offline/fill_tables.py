@@ -1,7 +1,7 @@
 """Write the numbers of results/published/ and benchmarks/ into the tables of README.md and docs/.
 
 The tests ask that it changes none. Reads their files and the tables' first cells, which say what a row is about: a new
-row is a name typed there. Of prose, only the run of means in docs/results.md is.
+row is a name typed there. The only prose it touches is the run of means in docs/results.md.
 
     python -m offline.fill_tables      # a second
 """

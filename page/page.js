@@ -188,7 +188,7 @@ for (const [kind, down] of [["keydown", true], ["keyup", false]]) {
     if (!event.key.startsWith("Arrow")) return;
     const modified = event.altKey || event.ctrlKey || event.metaKey;
     if (down && (typing() || modified || !drivers.includes("you"))) return;  // but a key that is let go always counts
-    if (drivers.includes("you") && !typing()) event.preventDefault();
+    event.preventDefault();
     press(event.key, down);
   });
 }

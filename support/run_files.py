@@ -158,10 +158,10 @@ class RunLogs:
 
     def __init__(self, folder, run, state=None):
         self.folder, self.run, self.lock = folder, run, lock(folder)
-        for video in folder.glob("video_episode_*.partial*" if state else "video_episode_*"):  # partial: it was killed
-            video.unlink()
+        for pattern in ("video_episode_*", "video_final*"):
+            for video in folder.glob(f"{pattern}.partial*" if state else pattern):  # partial: it was killed
+                video.unlink()
         if not state:
-            (folder / "video_final.mp4").unlink(missing_ok=True)
             (folder / "state.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         last_update = state["update"] if state else None

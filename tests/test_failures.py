@@ -92,10 +92,13 @@ def test_ppo_resumes_exactly(toy_base, tmp_path, script):
     """Starts that end badly and a last one, against one start; then it is made longer."""
     alone, hurt = tmp_path / "alone" / "results", tmp_path / "hurt" / "results"
     run(reinforce, alone.parent, toy_base)
+    hurt.mkdir(parents=True)
+    (hurt / "video_final.mp4").write_text("of the run before")
     for done, fault in enumerate(("rollout", "log", "worker", "ctrl-c", "disk"), 1):
         code, error = KILLED if fault in ("rollout", "log") else 1, fault in ("worker", "disk")
         run(reinforce, hurt.parent, toy_base, done > 1, fault, code=code, error=error)
         assert run_files.load_state(hurt / "state.pt")["update"] == done, fault
+        assert not (hurt / "video_final.mp4").exists()
     (hurt / "video_episode_200.partial.mp4").write_text("half")  # as if killed while it was filmed
     run(reinforce, hurt.parent, toy_base, True)
     assert not list(hurt.glob("*.partial*"))
@@ -111,6 +114,11 @@ def test_ppo_resumes_exactly(toy_base, tmp_path, script):
     assert rows(hurt / "update_log.csv")[:-1] == rows(alone / "update_log.csv")
     history = read_json(hurt / "run.json")["history"]
     assert len(history) == 6 and history[-1]["changed_afterwards"]["TOTAL_UPDATES"] == 8
+    described = read_json(hurt / "run.json")
+    described["inputs"]["device"] = "another"
+    run_files.write_json(hurt / "run.json", described)
+    with pytest.raises(BadInput, match="device"):
+        reinforce(hurt.parent, toy_base, resume=True, updates=9)
 
 
 def fine_tune(root, pipeline, resume, fault=""):
