@@ -82,7 +82,7 @@ class FastCarRacing(stock.CarRacing):
         background = scene.map_rgb([int(c) for c in self.bg_color]) if inside else 0
         first = 1 if inside else 0  # the field, the first polygon, is then the background
         world = self._polygons[first:], self._colors[first:]
-        draw_polygons(pixels2d(scene).T, background, *world, zoom, cos, sin, *translation)
+        draw_polygons(pixels2d(scene).T, BAR, background, *world, zoom, cos, sin, *translation)
         self._draw_car(scene, zoom, translation, cos, sin)
         rows = stock.WINDOW_H - BAR
         smoothscale(scene.subsurface((0, BAR, stock.WINDOW_W, rows)), upside_down.get_size(), upside_down)

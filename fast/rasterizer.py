@@ -15,14 +15,15 @@ LEFT, RIGHT, BELOW, ABOVE = 1, 2, 4, 8
 
 
 @njit(cache=True)
-def draw_polygons(pixels, background, polygons, colors, zoom, cos, sin, shift_x, shift_y):
+def draw_polygons(pixels, hidden, background, polygons, colors, zoom, cos, sin, shift_x, shift_y):
     """Draw what the camera sees of the polygons, in their order, over `background`.
 
-    `pixels` is the window, uint32 (H, W), changed in place; `polygons` float64 (N, 4, 2) corners in the world, `colors`
-    float64 (N, 3) in 0..255. The camera turns by `cos`, `sin`, multiplies by `zoom` and shifts by pixels.
+    `pixels` is the window, uint32 (H, W), changed in place; its first `hidden` rows are covered later and may get
+    anything. `polygons` float64 (N, 4, 2) are corners in the world, `colors` float64 (N, 3) in 0..255. The camera turns
+    by `cos`, `sin`, multiplies by `zoom` and shifts by pixels.
     """
     height, width = pixels.shape
-    pixels[:] = background  # pygame's own fill would put the window out of the processor's cache
+    pixels[hidden:] = background  # pygame's own fill would put the window out of the processor's cache
     x, y = np.empty(4, np.int64), np.empty(4, np.int64)
     for n in range(len(polygons)):
         left, above, right, below = True, True, True, True
@@ -37,16 +38,16 @@ def draw_polygons(pixels, background, polygons, colors, zoom, cos, sin, shift_x,
         color = np.uint32((int(colors[n, 0]) << 16) | (int(colors[n, 1]) << 8) | int(colors[n, 2]))
         for i in range(4):
             draw_edge(pixels, x[i], y[i], x[(i + 1) % 4], y[(i + 1) % 4], color)
-        fill(pixels, x, y, color)
+        fill(pixels, hidden, x, y, color)
 
 
 @njit(cache=True)
-def fill(pixels, x, y, color):
-    """Fill a quadrilateral, which may cross itself."""
+def fill(pixels, top, x, y, color):
+    """Fill a quadrilateral, which may cross itself, from the row `top` on."""
     height, width = pixels.shape
     bottom = y.max()
     crossings = np.empty(4, np.int64)
-    for row in range(max(y.min(), 0), min(bottom, height - 1) + 1):
+    for row in range(max(y.min(), top), min(bottom, height - 1) + 1):
         count = 0
         for i in range(4):
             x1, y1, x2, y2 = x[i - 1], y[i - 1], x[i], y[i]
@@ -64,8 +65,8 @@ def fill(pixels, x, y, color):
             first, last = (crossings[i] + 1 + 32768) >> 16, (crossings[i + 1] - 1 + 32768) >> 16
             if first > last:
                 first, last = last, first
-            for column in range(max(first, 0), min(last, width - 1) + 1):
-                pixels[row, column] = color
+            first, after = max(first, 0), min(last, width - 1) + 1
+            pixels[row, first : max(first, after)] = color  # twice as fast as a loop over the columns
 
 
 @njit(cache=True)
