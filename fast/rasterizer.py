@@ -66,7 +66,7 @@ def fill(pixels, top, x, y, color):
             if first > last:
                 first, last = last, first
             first, after = max(first, 0), min(last, width - 1) + 1
-            pixels[row, first : max(first, after)] = color  # twice as fast as a loop over the columns
+            pixels[row, first : max(first, after)] = color  # by a loop over the columns all took 1.6 times as long
 
 
 @njit(cache=True)
