@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 
 import numpy as np
 import pygame
@@ -18,6 +19,22 @@ GRASS_SQUARES = stock.GRASS_DIM * np.array(  # the playfield's light squares, in
     [[(x + 1, y), (x, y), (x, y + 1), (x + 1, y + 1)] for x in range(-20, 20, 2) for y in range(-20, 20, 2)],
     dtype=np.float64,
 )
+
+
+class Surfaces(threading.local):
+    """What a thread's environments draw on, one after the other: 3 MB for each would put all out of the cache."""
+
+    def __init__(self):
+        masks = (0xFF0000, 0xFF00, 0xFF, 0)  # the rasteriser's, whatever format an open window has
+        make = functools.partial(pygame.Surface, depth=32, masks=masks)
+        self.scene = make((stock.WINDOW_W, stock.WINDOW_H))
+        self.instruments = make((stock.WINDOW_W, stock.WINDOW_H))
+        self.narrow = make((stock.STATE_W, stock.WINDOW_H))
+        self.upside_down = make((stock.STATE_W, stock.WINDOW_H - BAR))
+        self.bar = self.narrow.subsurface((0, stock.WINDOW_H - BAR, stock.STATE_W, BAR))
+
+
+SURFACES = Surfaces()
 
 
 class FastCarRacing(stock.CarRacing):
@@ -70,7 +87,7 @@ class FastCarRacing(stock.CarRacing):
                 return None
         if mode != "state_pixels" or self._dials_overflow():
             return super()._render(mode)
-        scene, instruments, narrow, upside_down, bar = self._surfaces
+        scene, upside_down = SURFACES.scene, SURFACES.upside_down
         zoom = 0.1 * stock.SCALE * max(1 - self.t, 0) + stock.ZOOM * stock.SCALE * min(self.t, 1)
         angle, (x, y) = -self.car.hull.angle, self.car.hull.position
         scroll = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
@@ -87,13 +104,13 @@ class FastCarRacing(stock.CarRacing):
         rows = stock.WINDOW_H - BAR
         smoothscale(scene.subsurface((0, BAR, stock.WINDOW_W, rows)), upside_down.get_size(), upside_down)
 
-        self.surf = instruments
+        self.surf = instruments = SURFACES.instruments
         self._render_indicators(stock.WINDOW_W, stock.WINDOW_H)
         text = self._score_text(f"{self.reward:04.0f}")
         instruments.blit(text, text.get_rect(center=(60, stock.WINDOW_H - stock.WINDOW_H * 2.5 / 40.0)))
-        smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), bar.get_size(), bar)
-        np.copyto(pixels2d(narrow)[:, :rows], pixels2d(upside_down)[:, ::-1])
-        picture = smoothscale(narrow, (stock.STATE_W, stock.STATE_H))
+        smoothscale(instruments.subsurface((0, rows, stock.WINDOW_W, BAR)), SURFACES.bar.get_size(), SURFACES.bar)
+        np.copyto(pixels2d(SURFACES.narrow)[:, :rows], pixels2d(upside_down)[:, ::-1])
+        picture = smoothscale(SURFACES.narrow, (stock.STATE_W, stock.STATE_H))
         packed = np.frombuffer(pygame.image.tobytes(picture, "RGB"), np.uint8)
         return packed.reshape(stock.STATE_H, stock.STATE_W, 3).copy()  # the bytes are read-only
 
@@ -137,17 +154,6 @@ class FastCarRacing(stock.CarRacing):
                 corners += vertices
                 owners += [number] * len(vertices)
         return np.array(corners, np.float32), np.array(owners), polygons
-
-    @functools.cached_property
-    def _surfaces(self):
-        """The kept surfaces: fresh memory for each frame would cost more than drawing the car."""
-        masks = (0xFF0000, 0xFF00, 0xFF, 0)  # the rasteriser's, whatever format an open window has
-        scene = pygame.Surface((stock.WINDOW_W, stock.WINDOW_H), depth=32, masks=masks)
-        instruments = pygame.Surface((stock.WINDOW_W, stock.WINDOW_H))
-        narrow = pygame.Surface((stock.STATE_W, stock.WINDOW_H))
-        upside_down = pygame.Surface((stock.STATE_W, stock.WINDOW_H - BAR))
-        bar = narrow.subsurface((0, stock.WINDOW_H - BAR, stock.STATE_W, BAR))
-        return scene, instruments, narrow, upside_down, bar
 
     def _dials_overflow(self):
         """Whether a dial rises above the instrument bar, as with wheels that spin without grip."""

@@ -53,10 +53,13 @@ def test_identical_to_stock(skip, limit, driver, end, monkeypatch):
 
 
 def test_identical_when_randomised_and_for_the_viewer():
+    """While another one is drawn on the same surfaces, in turns."""
     kwargs = dict(domain_randomize=True, render_mode="rgb_array", continuous=False)
-    stock, fast = CarRacing(**kwargs), FastCarRacing(**kwargs)
+    stock, fast, another = CarRacing(**kwargs), FastCarRacing(**kwargs), FastCarRacing(**kwargs)
     assert np.array_equal(fast.reset(seed=5)[0], stock.reset(seed=5)[0])
+    another.reset(seed=6)
     for action in [ACCELERATE] * 40 + [ANSWERS["Turn left"]] * 20:
+        another.step(action)
         assert np.array_equal(fast.step(action)[0], stock.step(action)[0])
     assert np.array_equal(fast.render(), stock.render())
 
