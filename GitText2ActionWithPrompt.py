@@ -182,7 +182,7 @@ class GitText2ActionWithPrompt(nn.Module):
         """A policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
         folder = Path(folder)
         remedy = "put it back, or rerun ppo_git_with_prompt.py"
-        facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name another policy")
+        facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name results/published/policy")
         weights = read_weights(folder / "policy.safetensors")
         check_same(f"{folder}/", facts, task(), remedy)
         head = {name: facts[name] for name in HEAD_FACTS}

@@ -82,14 +82,27 @@ def wish_of(told):
     return told["sentence"], instructions.WISH_QUESTION, instructions.wish(told["instruction"])
 
 
-def all_texts(row):
-    """The texts that a validation frame is measured with.
+def measured_texts(row):
+    """The texts that a validation frame is measured with, each with the metrics that it counts for.
 
-    The plain question, all that it was labelled for, the wishes behind these, all that it was asked.
+    The plain question, all that the frame was labelled for, the wishes behind these, all that it was asked. The first
+    instruction is the one that led there, if any did, and always in a taught phrasing: it counts by itself, so that
+    taught and held-out phrasings are compared on the same frames.
     """
-    told = [(told["sentence"], PROMPT, told["text"]) for told in row["told"]]
-    asked = [("", asked["question"], asked["text"]) for asked in row["asked"]]
-    return [("", PROMPT, row["text"]), *told, *map(wish_of, row["told"]), *asked]
+    texts = [((), ("", PROMPT, row["text"]))]
+    for i, told in enumerate(row["told"]):
+        by_kind = f"exact_{instructions.kind(told['instruction'])}_{told['split']}"
+        texts.append(((by_kind if i else "exact_first_told",), (told["sentence"], PROMPT, told["text"])))
+        texts.append(((f"exact_wish_{told['split']}",), wish_of(told)))
+    for asked in row["asked"]:
+        metrics = ("exact_scene", f"exact_scene_{asked['about'].replace(' ', '_')}")
+        texts.append((metrics, ("", asked["question"], asked["text"])))
+    return texts
+
+
+def all_texts(row):
+    """The texts of `measured_texts` alone."""
+    return [text for _, text in measured_texts(row)]
 
 
 class Collator:

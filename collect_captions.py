@@ -71,8 +71,9 @@ def load_drivers(policy):
     if policy == "teacher":
         return load_teacher(), None
     is_adapter = (ROOT / policy / TASK_FILE).exists()
-    load = GitText2ActionWithPrompt.from_pretrained if is_adapter else GitText2ActionWithPrompt.from_policy
-    return load_teacher(), load(ROOT / policy)
+    if is_adapter:  # its answers drive, whatever LANGUAGE_PRIOR is for PPO
+        return load_teacher(), GitText2ActionWithPrompt.from_pretrained(ROOT / policy, language_prior=1.0)
+    return load_teacher(), GitText2ActionWithPrompt.from_policy(ROOT / policy)
 
 
 def answer_for(action, car):
@@ -201,10 +202,15 @@ def main():
     began = time.time()
     if ANSWER_BY not in ("teacher", "policy"):
         raise checks.BadInput(f"ANSWER_BY = {ANSWER_BY!r} in collect_captions.py: use 'teacher' or 'policy'")
+    if min(VALIDATION_TRACKS) < TRAIN_TRACKS:
+        raise checks.BadInput(
+            f"VALIDATION_TRACKS = {VALIDATION_TRACKS} in collect_captions.py: validation tracks start at {TRAIN_TRACKS}"
+        )
     instructions.check_phrasings()
     output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     load_drivers(POLICY)  # what is missing fails here, not in a worker
-    facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER), "instructions": instructions.digest()}
+    facts = {"teacher_hash": run_files.file_hash(ROOT / TEACHER)}
+    facts |= {"instructions": instructions.digest(), "questions": questions.digest()}
     weights = sorted((ROOT / POLICY).glob("*.safetensors"))  # none where the teacher drives
     facts |= {f"driver_{path.stem}_hash": run_files.file_hash(path) for path in weights}
     modules = (model_file, car_racing_env, perturbations, teacher_file)
@@ -232,7 +238,7 @@ def main():
     run_files.write_run(partial, run)
     run_files.replace_folder(partial, output)
     print(f"{table(counts)}\nwrote {OUTPUT_DIR}/ in {time.time() - began:.0f} s")
-    print("next: python train_git_lora_carllava_style.py")
+    print(f'next: python train_git_lora_carllava_style.py, with DATA_DIR = "{OUTPUT_DIR}"')
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class Session(threading.Thread):
             time.sleep(max(0.0, due - time.monotonic()))
 
     def close(self):
-        """End the simulators, each a cycle of references that holds 10 MB and that Python would collect late."""
+        """End the simulators, each a cycle of references that Python would collect late."""
         for drive in self.drives:
             drive.env.close()
         self.drives = []

@@ -119,32 +119,38 @@ class Policy:
 
 
 def named_target(name):
-    """The `Target` of the instruction `name`, none for ""; BadInput if there is none of that name."""
-    names = {"", *INSTRUCTIONS, *COMBINATIONS, *HELD_OUT_COMBINATIONS}
+    """The `Target` of the instruction `name`; BadInput if there is none of that name."""
+    names = {*INSTRUCTIONS, *COMBINATIONS, *HELD_OUT_COMBINATIONS}
     if name not in names:
         raise checks.BadInput(
-            f"INSTRUCTION = {name!r} in evaluate.py: the teacher reads no words, use one of "
-            f"{', '.join(sorted(names)[1:])}"
+            f"INSTRUCTION = {name!r} in evaluate.py: the teacher reads no words, use one of {', '.join(sorted(names))}"
         )
-    return instructions.target(name) if name else RACE
+    return instructions.target(name)
 
 
 DRIVERS = {
     "random": lambda: Random(SEED),
-    "teacher": lambda: Teacher(named_target(INSTRUCTION)),
-    "answers": lambda: Answers(GitText2ActionWithPrompt.from_pretrained(MODEL), INSTRUCTION),
-    "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY), INSTRUCTION),
+    "teacher": Teacher,
+    "answers": lambda: Answers(GitText2ActionWithPrompt.from_pretrained(MODEL)),
+    "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY)),
 }
 
 
-def evaluate(driver, tracks, num_envs=NUM_ENVS, frame_skip=FRAME_SKIP):
+def tell(driver, told):
+    """Set what a driver is told from now on; BadInput for one that takes no instruction."""
+    if not hasattr(driver, "told"):
+        raise checks.BadInput(f"{type(driver).__name__} has no attribute `told`: this driver takes no instruction")
+    driver.told = told
+
+
+def evaluate(driver, tracks, num_envs=None, frame_skip=FRAME_SKIP):
     """Drive each track once; returns a list of `{"track_seed", "return", "end"}` in the order of `tracks`.
 
     `driver` maps frames uint8 (N, 96, 96, 3) and the environments' infos, arrays of N, to N simulator actions; it is
     asked only for environments that still drive, by NUM_WORKERS threads at once, each for a share of the tracks: it
-    must keep nothing of a decision in itself.
+    must keep nothing of a decision in itself. `num_envs` None are NUM_ENVS.
     """
-    tracks = list(tracks)
+    tracks, num_envs = list(tracks), num_envs or NUM_ENVS
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))
     shares = [tracks[i::num_workers] for i in range(num_workers)]
     makers = [functools.partial(make_evaluation_env, frame_skip)] * min(num_envs, len(tracks))
@@ -226,6 +232,8 @@ def main():
     if DRIVER not in DRIVERS:
         raise checks.BadInput(f"DRIVER = {DRIVER!r} in evaluate.py: use one of {', '.join(DRIVERS)}")
     driver = DRIVERS[DRIVER]()
+    if INSTRUCTION:
+        tell(driver, named_target(INSTRUCTION) if DRIVER == "teacher" else INSTRUCTION)
     results_dir = run_files.check_writable(ROOT / RESULTS_DIR)
     if WATCH:
         film.check_display()

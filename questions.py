@@ -4,6 +4,8 @@ Reads and writes nothing. The answers come from the simulator's state; none of t
 see by them (offline/make_git_tiny.py), and stage 2 keeps them.
 """
 
+import hashlib
+import json
 import re
 
 import numpy as np
@@ -127,6 +129,15 @@ def describe(car, road):
     if unmatched := answers.keys() ^ QUESTIONS.keys():
         raise BadInput(f"questions.py: {min(unmatched)!r} is in one of QUESTIONS and describe only: add the other half")
     return answers
+
+
+def digest():
+    """A short hash of the questions and of where their answers change, by which captions say which they answer.
+
+    What `describe` does with these is not in it.
+    """
+    asked = [QUESTIONS, SPEED_STEP, OFFSET_PACE, BENDS, TURNS, SLIDES, STEERS]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def draw(rng, answers, count):

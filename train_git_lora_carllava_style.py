@@ -15,7 +15,6 @@ import collections
 import functools
 import pickle
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 import car_racing_env
 import GitText2ActionWithPrompt as model_file
 import instructions
-from captions import Captions, Collator, all_texts, draw_texts
+import questions
+from captions import Captions, Collator, all_texts, draw_texts, measured_texts
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, LORA_TARGETS, GitText2ActionWithPrompt
 from support import cards, checkpoints, checks, plots, processes, run_files
@@ -64,9 +64,9 @@ class EpochReport(TrainerCallback):
     A loss that is not finite ends the run before a checkpoint holds what it spoilt.
     """
 
-    def __init__(self, model, data, results, write_run):
-        self.model, self.data, self.results, self.write_run = model, data, results, write_run
-        self.metrics, self.began = None, time.time()
+    def __init__(self, model, data, results, run):
+        self.model, self.data, self.results, self.run = model, data, results, run
+        self.metrics = None
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not np.isfinite(logs.get("loss", 0)):
@@ -76,7 +76,8 @@ class EpochReport(TrainerCallback):
 
     def report(self, epoch, average_loss):
         self.metrics, confusion = validate(self.model, self.data, BATCH_SIZE)
-        row = {"epoch": epoch, "average_loss": average_loss, **self.metrics, "seconds": time.time() - self.began}
+        seconds = run_files.until_now(self.run)["seconds"]
+        row = {"epoch": epoch, "average_loss": average_loss, **self.metrics, "seconds": seconds}
         log = self.results / "lora_log.csv"
         run_files.Log(log, key="epoch", keep_until=epoch - 1).write(row)  # a resumed run repeats an epoch
         names = [f"exact_{kind}_taught" for kind in instructions.KINDS]
@@ -87,7 +88,7 @@ class EpochReport(TrainerCallback):
             f"{np.mean(told):.1%}, wishes {row.get('exact_wish_taught', np.nan):.1%}, about the scene "
             f"{row.get('exact_scene', np.nan):.1%}"
         )
-        self.write_run()
+        run_files.write_run(ROOT / CHECKPOINT_DIR, self.run)
         plots.draw_lora_loss(self.results)
         plots.draw_confusion(confusion, list(ANSWERS), self.results / "lora_confusion.png")
 
@@ -97,9 +98,10 @@ def validate(model, data, batch_size):
     """What the answers are worth on held-out tracks: metrics, and the confusion matrix, int64 (5, 6).
 
     That is the teacher's answer by the generated answer to the plain question, the last column for words that are no
-    answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings,
-    `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those to the questions about the scene, `exact_scene_ABOUT`
-    to each of them. The loss is over `all_texts`, another mixture than training's: compare it between epochs only.
+    answer. `exact_KIND_SPLIT` are exact answers under a kind of instruction, in taught or held-out phrasings, but for
+    each frame's first one, which are `exact_first_told`; `exact_wish_SPLIT` those to WISH_QUESTION, `exact_scene` those
+    to the questions about the scene, `exact_scene_ABOUT` to each of them. The loss is over `all_texts`, another mixture
+    than training's: compare it between epochs only.
     """
     model.prepare()  # the answers are those of the weights as they are now
     collate = Collator(model.processor, all_texts)
@@ -116,16 +118,12 @@ def validate(model, data, batch_size):
         loss += git_forward.text_loss(logits, batch["labels"]).item() * len(samples)
         for text, row in zip(model.answer(np.stack(frames)), rows):
             confusion[row["answer"], answers.index(text) if text in answers else -1] += 1
-        for row, (_, *others) in zip(rows, git_forward.exactly_right(logits, batch["labels"]).tolist()):
-            count = len(row["told"])
-            for told, correct, understood in zip(row["told"], others, others[count:]):
-                exact[f"exact_{instructions.kind(told['instruction'])}_{told['split']}"].append(correct)
-                exact[f"exact_wish_{told['split']}"].append(understood)
-            for asked, correct in zip(row["asked"], others[2 * count :]):
-                exact["exact_scene"].append(correct)
-                exact[f"exact_scene_{asked['about'].replace(' ', '_')}"].append(correct)
-    by_kind = {name: float(np.mean(correct)) for name, correct in sorted(exact.items())}
-    return {"validation_loss": loss / len(data)} | summarize(confusion) | by_kind, confusion
+        for row, right in zip(rows, git_forward.exactly_right(logits, batch["labels"]).tolist()):
+            for (names, _), correct in zip(measured_texts(row), right):
+                for name in names:
+                    exact[name].append(correct)
+    shares = {name: float(np.mean(correct)) for name, correct in sorted(exact.items())}
+    return {"validation_loss": loss / len(data)} | summarize(confusion) | shares, confusion
 
 
 def summarize(confusion):
@@ -148,8 +146,8 @@ def load_data():
         task = checks.read_json(folder / checkpoints.TASK_FILE, "run collect_captions.py first")
         checks.check_same(f"{folder}/", task, model_file.task(), "put it back, or rerun collect_captions.py")
         labelled = checks.read_json(folder / "run.json", "run collect_captions.py first").get("inputs", {})
-        said = {"instructions": instructions.digest()}
-        remedy = "put phrasings.py and instructions.py back, or rerun collect_captions.py"
+        said = {"instructions": instructions.digest(), "questions": questions.digest()}
+        remedy = "put phrasings.py, instructions.py and questions.py back, or rerun collect_captions.py"
         checks.check_same(f"{folder}/", labelled, said, remedy)
     train = Captions(*(folder / "train" for folder in folders))
     validation = Captions(ROOT / DATA_DIR / "validation")
@@ -251,7 +249,7 @@ def main():
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"
         print(f"LoRA on {BASE_MODEL}: {size} train for {EPOCHS} epochs on {len(train):,} frames")
-    report = EpochReport(model, validation, results, lambda: run_files.write_run(checkpoint_dir, run))
+    report = EpochReport(model, validation, results, run)
     trainer = make_trainer(git, processor, train, report)
     if rank == 0 and not checkpoint:
         report.report(0, float("nan"))
@@ -265,7 +263,8 @@ def main():
         save_adapter(output, git, processor, facts, metrics, run)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         before_after = f"{losses[0]:.2f} -> {losses[-1]:.2f}"
-        print(f"average loss {before_after}; wrote {OUTPUT_DIR}/; next: python ppo_git_with_prompt.py")
+        print(f"average loss {before_after}; wrote {OUTPUT_DIR}/")
+        print(f'next: python ppo_git_with_prompt.py, with MODEL = "{OUTPUT_DIR}"')
 
 
 if __name__ == "__main__":

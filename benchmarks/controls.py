@@ -54,6 +54,7 @@ ARMS = ("words", "classes", "numbers", "no prior", "random words", "random class
 IN_WORDS = ("words", "random words")  # of these the captions are taught as texts
 TOLD = (*IN_WORDS, "numbers", "no prior")  # these can be told something
 OUTPUT = Path(__file__).parent / "controls"
+STAGE_2 = {name: vars(stage2)[name] for name in ("__file__", "BASE_MODEL", "REWORDED", "WISHES")}  # what is read of it
 
 
 def in_numbers(target):
@@ -217,7 +218,7 @@ def run(arm, seed):
     draw = draw_in_numbers if arm == "numbers" else draw
     measured, driver = runs.run(load, seed, TRACKS, evaluations=ppo.EVALUATIONS, envs={"draw": draw})
     facts |= measured | ({"obeyed": obeyed(driver, arm)} if arm in TOLD else {})
-    facts["constants"] |= run_files.constants_of(globals(), vars(stage2))
+    facts["constants"] |= run_files.constants_of(globals(), STAGE_2)
     return facts | {"seconds": round(time.time() - began)}
 
 
@@ -290,9 +291,11 @@ def draw(found, path):
 
 
 def main():
+    model = GitText2ActionWithPrompt.from_pretrained(ppo.MODEL).source
     for seed in SEEDS:
         for arm in ARMS:
-            runs.once(OUTPUT / f"{arm}_seed{seed}.json", functools.partial(run, arm, seed), globals(), vars(stage2))
+            path, facts = OUTPUT / f"{arm}_seed{seed}.json", {"model": model} if arm == "no prior" else {}
+            runs.once(path, functools.partial(run, arm, seed), globals(), STAGE_2, **facts)
     found = load_runs()
     print(table(found))
     draw(found, OUTPUT.with_suffix(".png"))

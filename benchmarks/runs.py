@@ -17,7 +17,7 @@ from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
 MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
-MAY_CHANGE = ppo.MAY_CHANGE | {"ARMS", "SEEDS"}  # which other runs there are
+MAY_CHANGE = ppo.MAY_CHANGE | {"ARMS", "IN_WORDS", "TOLD", "SEEDS"}  # which other runs there are
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -59,18 +59,23 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
     return facts | {"seconds": round(time.time() - began)}, driver
 
 
-def once(path, run, *namespaces):
+def once(path, run, *namespaces, **facts):
     """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
 
-    Says which constants a run that is there had otherwise: those of MODULES and of `namespaces`, `vars()` of others.
+    Of a run that is there as far as it noted them: BadInput if it had other constants, those of MODULES and of
+    `namespaces`, `vars()` of others, other instructions, or other `facts`, such as `model`.
     """
     if path.exists():
-        made = checks.read_json(path).get("constants", {})
-        now = run_files.constants_of(*map(vars, MODULES), *namespaces)
+        saved, facts = checks.read_json(path), facts | {"instructions": instructions.digest()}
+        made, now = saved.get("constants", {}), run_files.constants_of(*map(vars, MODULES), *namespaces)
         files = now.keys() & made
         changed = {name for file in files for name, x in now[file].items() if made[file].get(name, x) != x}
+        changed |= {name for name, x in facts.items() if saved.get(name, x) != x}
         if other := sorted(changed - MAY_CHANGE):
-            print(f"{path.stem} was run with another {', '.join(other)}: move it away to run it anew")
+            raise checks.BadInput(
+                f"{path} was run with another {', '.join(other)}: move {path.parent.name}/ away to run all anew, or "
+                "put it back"
+            )
     else:
         print(path.stem, flush=True)
         try:

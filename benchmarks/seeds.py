@@ -1,7 +1,8 @@
 """Ten runs of the default PPO, seeds 0 to 9, each final policy on the same hundred tracks that nothing was chosen on.
 
-Writes benchmarks/seeds/seed<n>.json as each run ends, and skips those that are there: stop and start at will. Prints
-the mean with its interval, each seed, the worst drives, and the environment frames that all of it stands on.
+Writes benchmarks/seeds/seed<n>.json as each run ends, and skips those that are there: stop and start at will. Those of
+the adapter that ships are there; for another one, or other constants, name another OUTPUT. Prints the mean with its
+interval, each seed, the worst drives, and the environment frames that all of it stands on.
 
     python -m benchmarks.seeds      # 11 to 17 minutes a seed on two CPU cores
 """
@@ -88,8 +89,9 @@ def run(seed):
 
 
 def main():
+    model = GitText2ActionWithPrompt.from_pretrained(ppo.MODEL).source
     for seed in SEEDS:
-        runs.once(OUTPUT / f"seed{seed}.json", functools.partial(run, seed))
+        runs.once(OUTPUT / f"seed{seed}.json", functools.partial(run, seed), model=model)
     rows = runs.load(OUTPUT)
     print(table(rows))
     for name, value in (summarize(rows) | {"frames": frames()}).items():

@@ -142,8 +142,8 @@ def fill_contradictions(text):
 
 
 def fill_learned(text):
-    """Exact answers by kind of instruction, in the last row of the last round's log."""
-    row = read_log(PUBLISHED / ROUNDS[-1] / "lora_log.csv")[-1]
+    """Exact answers by kind of instruction."""
+    (row,) = read_log(PUBLISHED / ROUNDS[-1] / "validation.csv")
     return fill(
         "| kind |", lambda kind: [percent(row[f"exact_{kind}_{split}"]) for split in ("taught", "held_out")], text
     )

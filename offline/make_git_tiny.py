@@ -265,8 +265,11 @@ def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     parts, counts = [texts(rows, asked, texts.draw_wordings(asked))], [QUESTIONS_PER_FRAME]
     if told:
         tokenizer, wished, moves = model.processor.tokenizer, WISHES * len(rows), motion[rows].repeat(FITS, 0)
-        parts += [wishes(tokenizer, told[:wished]), fits(tokenizer, told[wished:], moves)]
-        counts += [WISHES, FITS]
+        if WISHES:
+            parts.append(wishes(tokenizer, told[:wished]))
+        if FITS:
+            parts.append(fits(tokenizer, told[wished:], moves))
+        counts += [count for count in (WISHES, FITS) if count]
     longest = max(tokens.shape[-1] for tokens, _ in parts)
 
     def padded(x, value):

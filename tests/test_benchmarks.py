@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import evaluate
-from benchmarks import controls, drives, obedience, recovery, seeds
+import ppo_git_with_prompt as ppo
+from benchmarks import controls, drives, obedience, recovery, runs, seeds
 from GitText2ActionWithPrompt import ANSWERS
+from support import run_files
+from support.checks import BadInput
 from targets import RACE, SIDE, Target
 
 
@@ -78,6 +81,21 @@ def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, 
     edited.draw(rows, tmp_path / "curves.png")
 
 
+def test_a_run_of_something_else_is_not_taken_for_ours(tmp_path, monkeypatch):
+    """Another model, constant or instruction; what the file does not note is not compared."""
+    path, ours = tmp_path / "seed0.json", {"adapter_hash": "ours"}
+    runs.once(path, lambda: {"model": ours, "constants": {"ppo_git_with_prompt.py": {"GAMMA": ppo.GAMMA}}}, model=ours)
+    runs.once(path, None, model=ours)
+    with pytest.raises(BadInput, match="seed0.json .* model"):
+        runs.once(path, None, model={"adapter_hash": "theirs"})
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="GAMMA"):
+        patch.setattr(ppo, "GAMMA", 0.5)
+        runs.once(path, None, model=ours)
+    run_files.add_to_json(path, {"instructions": "others"})
+    with pytest.raises(BadInput, match="instructions"):
+        runs.once(path, None, model=ours)
+
+
 def test_targets_told_in_numbers():
     for target in (RACE, Target(25.0), Target(side=-3.2), Target(0.0), Target(30.0, 0.0)):
         assert controls.read_numbers(controls.in_numbers(target)) == target
@@ -94,6 +112,8 @@ def test_a_drive_is_told_and_turned():
     tiles = results["travelled"]
     assert (tiles[39] > 5).all() and tiles[-1, 1] < tiles[39, 1] and tiles[-1, 0] > tiles[39, 0]
     assert obedience.judge(Target(speed=0.0), results, 40)[0].tolist() == [1, 1]
+    with pytest.raises(BadInput, match="told"):
+        drives.drive(lambda frames, infos: np.zeros(len(frames), int), [3], 2, {1: "Stop."})
 
 
 def test_only_progress_along_the_road_after_the_turn_counts(monkeypatch):

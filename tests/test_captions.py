@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import captions
 import train_git_lora_carllava_style as stage2
-from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
+from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, to_simulator
 from instructions import WISH_QUESTION, is_held_out, target
 from phrasings import INSTRUCTIONS, WORDINGS
 from questions import QUESTIONS, describe
@@ -60,6 +60,15 @@ def test_a_policy_drives_and_the_teacher_answers(toy_model, tmp_path, script):
     assert collect(7, policy=tmp_path / "brake") == ([], [])  # stuck
 
 
+def test_an_adapter_drives_by_its_answers_whatever_the_prior(pipeline, script, monkeypatch):
+    monkeypatch.setattr("GitText2ActionWithPrompt.LANGUAGE_PRIOR", 0.0)
+    collect = script(COLLECT)
+    teacher, model = collect.load_drivers(str(pipeline.adapter))
+    frames = np.random.default_rng(0).integers(0, 256, (20, 96, 96, 3), dtype=np.uint8)
+    answers = to_simulator(model.encode(frames)[1].argmax(1))
+    assert answers.any() and [collect.decide(model, frame, [""])[0] for frame in frames] == answers.tolist()
+
+
 def test_an_episode_under_an_instruction_repeats(script):
     """Every frame has what is said all the way, in phrasings of its own, before what is dreamed; splits in turn."""
     told_one_thing = script(COLLECT, KEEP=0.1, TOLD_SHARE=1.0, CHANGE=0.0)
@@ -75,7 +84,7 @@ def test_an_episode_under_an_instruction_repeats(script):
 def data():
     """Ten frames of noise, all answers but the first in turn, under two instructions and with a question."""
     rng, answers, samples = np.random.default_rng(0), list(ANSWERS), []
-    asked = {"question": "Is the car on the grass?", "text": "One wheel is on the grass."}
+    asked = {"about": "grass", "question": "Is the car on the grass?", "text": "One wheel is on the grass."}
     for answer in (1 + i % 4 for i in range(10)):
         left = {"instruction": "left", "split": "taught", "sentence": "Keep left.", "text": answers[answer]}
         fast = {"instruction": "speed thirty", "split": "held_out", "sentence": "Speed thirty."}
@@ -86,13 +95,14 @@ def data():
 
 
 def test_only_the_answer_is_supervised(toy_model, data):
-    """The plain question, two instructions, their wishes, a question about the scene: against the tokenizer."""
+    """The plain question, two instructions with their wishes, a question about the scene: against the tokenizer."""
     tokenizer = toy_model.processor.tokenizer
     batch = captions.Collator(toy_model.processor, captions.all_texts)(data)
     assert batch["input_ids"].shape[:2] == (10, 6) and batch["pixel_values"].max() > 1
     for (_, row), texts, labels in zip(data, batch["input_ids"], batch["labels"]):
-        expected = [(PROMPT, row["text"]), *((f"{x['sentence']} {PROMPT}", x["text"]) for x in row["told"])]
-        expected += [(f"{said} What do I want?", wish) for said, wish in WISHES.items()]
+        expected = [(PROMPT, row["text"])]
+        for told, (said, wish) in zip(row["told"], WISHES.items()):
+            expected += [(f"{said} {PROMPT}", told["text"]), (f"{said} What do I want?", wish)]
         expected.append((row["asked"][0]["question"], row["asked"][0]["text"]))
         for ids, label, (prompt, answer) in zip(texts, labels, expected):
             supervised = label != -100
@@ -139,6 +149,6 @@ def test_validation_counts_what_the_model_says(toy_base, data):
             losses.append(F.cross_entropy(model.git(**asked).logits[0, -len(words) - 1 : -1], words).item())
     expected = {"validation_loss": np.mean(losses), "exact_match": 0.6, "majority_share": 0.3, "recall_coast": np.nan}
     expected |= {"recall_accelerate": 2 / 3, "recall_turn_left": 2 / 3, "recall_turn_right": 0.5, "recall_brake": 0.5}
-    expected |= {"exact_left_taught": 0.3, "exact_speed_held_out": 0, "exact_wish_taught": 0, "exact_wish_held_out": 0}
+    expected |= {"exact_first_told": 0.3, "exact_speed_held_out": 0, "exact_wish_taught": 0, "exact_wish_held_out": 0}
     expected |= {"exact_scene": 0.4, "exact_scene_speed": 0.8, "exact_scene_far_bend": 0}
     assert metrics == pytest.approx(expected, rel=1e-4, nan_ok=True)

@@ -179,6 +179,8 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
     make("alone").main()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "hurt")]
     assert weights[0] == weights[1]
+    for left_out in ("WISHES", "FITS"):
+        make(left_out, **{left_out: 0}).main()
 
 
 def test_the_teachers_training_is_logged_and_goes_on(tmp_path):
