@@ -13,6 +13,7 @@ The heads' last layers start at zero, so the untrained policy is the language mo
 
 import functools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,12 @@ def prompt_ids(tokenizer, instruction="", question=PROMPT):
 def ending_ids(tokenizer, answer):
     """Token ids of an answer, numbers in words, and [SEP]: what follows a prompt."""
     return [*tokenizer(questions.spelled(answer), add_special_tokens=False).input_ids, tokenizer.sep_token_id]
+
+
+def unknown_words(tokenizer, text):
+    """Which words of a text the base has no token for, or reads letter by letter: a list."""
+    cut = {word: tokenizer.tokenize(word) for word in re.findall(r"\w+", questions.spelled(text.lower()))}
+    return [word for word, read in cut.items() if tokenizer.unk_token in read or len(read) == len(word) > 1]
 
 
 def answer_ids(tokenizer, answers):

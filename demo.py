@@ -29,7 +29,7 @@ import film
 import instructions
 import questions
 from car_racing_env import BRAKE, FPS, FRAME_SKIP, GAS, LEFT, RIGHT
-from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of, differs
+from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of, differs, unknown_words
 from phrasings import INSTRUCTIONS
 from support import checks, web
 from support.run_files import ROOT
@@ -252,10 +252,8 @@ class Session(threading.Thread):
         return " ".join(filter(None, said))
 
     def unknown(self, text):
-        """Which words of a text the model does not know, or reads letter by letter, as a sentence, or ""."""
-        tokenizer = self.model.processor.tokenizer
-        cut = {word: tokenizer.tokenize(word) for word in re.findall(r"\w+", questions.spelled(text.lower()))}
-        words = [word for word, read in cut.items() if tokenizer.unk_token in read or len(read) == len(word) > 1]
+        """Which words of a text the model does not know, as a sentence, or ""."""
+        words = unknown_words(self.model.processor.tokenizer, text)
         return f"Not in its vocabulary: {', '.join(words)}." if words else ""
 
 

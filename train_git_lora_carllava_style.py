@@ -249,6 +249,11 @@ def main():
         trained, total = git.get_nb_trainable_parameters()
         size = f"{trained:,} of {total:,} parameters"
         print(f"LoRA on {BASE_MODEL}: {size} train for {EPOCHS} epochs on {len(train):,} frames")
+        said = [model_file.PROMPT, *sorted(instructions.taught_sentences()), *sum(questions.QUESTIONS.values(), ())]
+        if unknown := model_file.unknown_words(processor.tokenizer, " ".join(said)):
+            print(
+                f"{BASE_MODEL} reads letter by letter: {', '.join(unknown)}; python -m offline.make_git_tiny teaches it"
+            )
     report = EpochReport(model, validation, results, run)
     trainer = make_trainer(git, processor, train, report)
     if rank == 0 and not checkpoint:

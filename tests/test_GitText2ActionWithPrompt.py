@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fast import git_forward
-from GitText2ActionWithPrompt import LORA_TARGETS, PROMPT, GitText2ActionWithPrompt, prompt_ids
+from GitText2ActionWithPrompt import LORA_TARGETS, PROMPT, GitText2ActionWithPrompt, prompt_ids, unknown_words
+from instructions import taught_sentences
 
 ONEDNN = pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here"))
 
@@ -105,3 +106,10 @@ def test_a_policy_begins_as_the_words_and_its_fresh_lora_trains_the_features_alo
     loaded = GitText2ActionWithPrompt.from_policy(tmp_path)
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(model(frames), loaded(frames)))
     assert not any(p.requires_grad for p in loaded.git.parameters())
+
+
+def test_words_that_the_base_does_not_know(toy_model):
+    """Numbers are said in words; a word of another alphabet is no letter either."""
+    tokenizer = toy_model.processor.tokenizer
+    assert unknown_words(tokenizer, "Crawl at 20, please: тихо!") == ["crawl", "тихо"]
+    assert not unknown_words(tokenizer, " ".join([PROMPT, *taught_sentences()]))
