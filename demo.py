@@ -220,6 +220,7 @@ class Session(threading.Thread):
 
     def do_drivers(self, names):
         self.names, self.again = names, True
+        self.send({"note": self.remark(self.told)})
 
     def do_track(self, track):
         self.track, self.again = track, True

@@ -3,8 +3,8 @@
 Writes benchmarks/ablations/<name>_seed<n>.json as each run ends, and skips those that are there: stop and start at
 will. At the end it prints `table()`. The discount per frame and the frames per update are the same in every run, and
 the frames in all but "half as many frames". At another frame skip what is per decision stays so: GAE_LAMBDA, the
-clipped reward, the chances of throws and of another instruction. In first_model/ are runs of 150,000 frames on the
-first model, whose last weights were scored, not their average.
+clipped reward, the chances of throws and of another instruction. In fifth_round/ are runs on the adapter before the
+one that ships, in first_model/ runs of 150,000 frames on the first model, whose last weights were scored.
 
     python -m benchmarks.ablations      # 10 minutes a run on two CPU cores, TRAIN_LORA 85 to 115
 """
@@ -56,7 +56,7 @@ def run(changes, seed):
     return {"changes": changes} | facts
 
 
-def table(folder=OUTPUT):
+def table(folder):
     """The runs in `folder` as a Markdown table, and for each seed the difference to "as it is"."""
     found = {name: runs.load(folder, f"{name}_") for name in CHANGES}
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
@@ -77,9 +77,12 @@ def table(folder=OUTPUT):
 
 def main():
     for name, changes in CHANGES.items():
+        model = GitText2ActionWithPrompt.from_pretrained(changes.get("model", ppo.MODEL)).source
+        model |= {"lora_rank": ppo.LORA_RANK, "lora_alpha": ppo.LORA_ALPHA} if changes.get("lora") else {}
         for seed in SEEDS:
-            runs.once(OUTPUT / f"{name}_seed{seed}.json", functools.partial(run, changes, seed))
-    print(table())
+            path = OUTPUT / f"{name}_seed{seed}.json"
+            runs.once(path, functools.partial(run, changes, seed), model=model, changes=changes)
+    print(table(OUTPUT))
 
 
 if __name__ == "__main__":

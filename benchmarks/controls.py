@@ -213,6 +213,9 @@ def run(arm, seed):
     if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
         hashes = [run_files.file_hash(folder / "train/metadata.jsonl") for folder in stage2.training_folders()]
         facts |= {"captions": len(data), "data_hash": " ".join(hashes)}
+        others = [row.get("data_hash") for rows in load_runs().values() for row in rows.values()]
+        if {*others} - {None, facts["data_hash"]}:
+            raise checks.BadInput(f"the runs in {OUTPUT.name}/ are of other captions: name another OUTPUT")
         facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
     draw = functools.partial(instructions.draw, share=float(arm in TOLD))
     draw = draw_in_numbers if arm == "numbers" else draw
@@ -232,7 +235,7 @@ def load_runs():
 def minus_words(rows, words):
     """Mean difference of the returns from those of the arm `words`, and its interval, over the seeds that both have."""
     both = sorted(rows.keys() & words.keys())
-    if rows is words or not both:
+    if rows is words or len(both) < 2:
         return ""
     difference = np.array([np.subtract(rows[seed]["returns"], words[seed]["returns"]) for seed in both])
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean(), *seeds.interval(difference))

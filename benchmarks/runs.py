@@ -17,7 +17,8 @@ from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
 MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
-MAY_CHANGE = ppo.MAY_CHANGE | {"ARMS", "IN_WORDS", "TOLD", "SEEDS"}  # which other runs there are
+# paths, and which other runs there are
+MAY_CHANGE = ppo.MAY_CHANGE - {"TOTAL_UPDATES", "EVALUATIONS"} | {"ARMS", "IN_WORDS", "TOLD", "SEEDS"}
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run
 
 
@@ -62,15 +63,16 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
 def once(path, run, *namespaces, **facts):
     """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
 
-    Of a run that is there as far as it noted them: BadInput if it had other constants, those of MODULES and of
-    `namespaces`, `vars()` of others, other instructions, or other `facts`, such as `model`.
+    BadInput if a run that is there had other `facts`, such as `model`, or, as far as it noted them, other instructions
+    or constants, those of MODULES and of `namespaces`, `vars()` of others.
     """
     if path.exists():
-        saved, facts = checks.read_json(path), facts | {"instructions": instructions.digest()}
+        saved, digest = checks.read_json(path), instructions.digest()
         made, now = saved.get("constants", {}), run_files.constants_of(*map(vars, MODULES), *namespaces)
         files = now.keys() & made
         changed = {name for file in files for name, x in now[file].items() if made[file].get(name, x) != x}
-        changed |= {name for name, x in facts.items() if saved.get(name, x) != x}
+        changed |= {name for name, x in facts.items() if saved.get(name) != x}
+        changed |= {"instructions"} if saved.get("instructions", digest) != digest else set()
         if other := sorted(changed - MAY_CHANGE):
             raise checks.BadInput(
                 f"{path} was run with another {', '.join(other)}: move {path.parent.name}/ away to run all anew, or "

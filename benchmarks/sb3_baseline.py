@@ -97,7 +97,8 @@ def run(seed):
 
 def main():
     for seed in controls.SEEDS:
-        runs.once(controls.OUTPUT / f"{NAME}_seed{seed}.json", functools.partial(run, seed), globals())
+        path, tracks = controls.OUTPUT / f"{NAME}_seed{seed}.json", [controls.TRACKS[0], controls.TRACKS[-1]]
+        runs.once(path, functools.partial(run, seed), globals(), tracks=tracks)
 
 
 if __name__ == "__main__":

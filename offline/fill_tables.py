@@ -248,19 +248,19 @@ def replace(heading, table, text):
 def over_seeds(rows):
     """What runs by seed say together: their number, mean and interval, the worst one, bad drives, laps."""
     told = seeds.summarize(rows)
-    mean = "{mean} ({interval[0]} to {interval[1]})" if len(rows) > 2 else "{mean}"
+    mean = "{mean} ({interval[0]} to {interval[1]})" if len(rows) > 1 else "{mean}"
     shares = (f"{told[name]:.1f} %" for name in ("below_500_percent", "laps_finished_percent"))
     return [str(len(rows)), mean.format(**told), f"{min(told['seeds'].values()):.1f}", *shares]
 
 
 def fill_runs(text):
     """The tables that their benchmarks write, each below its heading, and what several seeds say together."""
-    text = replace("## Whole runs", ablations.table(), text)
+    text = replace("## Whole runs", ablations.table(ablations.OUTPUT / "fifth_round"), text)
     text = replace("## Half runs", ablations.table(ablations.OUTPUT / "first_model"), text)
     found = controls.load_runs()
     several = {"PPO": runs.load(seeds.OUTPUT)} | {name: found.get(arm, {}) for name, arm in CONTROLS.items()}
     text = replace("## Ten seeds", seeds.table(several["PPO"]), text)
-    text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]), text)
+    text = fill("| 100 test tracks |", lambda name: over_seeds(several[name]) if several[name] else None, text)
     return replace("## What words add", controls.table(found), text)
 
 

@@ -24,6 +24,15 @@ def test_the_interval_counts_seeds_and_tracks_as_draws():
     assert (low + high) / 2 == pytest.approx(run.mean() + track.mean(), abs=1)
 
 
+def test_few_seeds_are_not_resampled():
+    """Three seeds' means by Student's t, its quantile from a table; a single one says nothing of others."""
+    returns = np.array([[898.0, 902.0], [904.0, 906.0], [908.0, 912.0]])
+    assert seeds.interval(returns) == pytest.approx(
+        [905 - 4.302653 * 5 / 3**0.5, 905 + 4.302653 * 5 / 3**0.5], abs=0.01
+    )
+    assert np.isnan(seeds.interval(returns[:1])).all()
+
+
 def test_runs_together():
     rows = {seed: {"seed": seed, "mean": 900.0 + seed, "laps_finished_percent": 90.0 + seed} for seed in range(2)}
     for seed, row in rows.items():
