@@ -207,15 +207,16 @@ def run(arm, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(2)
     began, (data, _) = time.time(), stage2.load_data()
-    load = imitate(arm, data)
     facts = {"arm": arm}
-    torch.set_num_threads(evaluate.TORCH_THREADS)
     if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
         hashes = [run_files.file_hash(folder / "train/metadata.jsonl") for folder in stage2.training_folders()]
         facts |= {"captions": len(data), "data_hash": " ".join(hashes)}
         others = [row.get("data_hash") for rows in load_runs().values() for row in rows.values()]
         if {*others} - {None, facts["data_hash"]}:
             raise checks.BadInput(f"the runs in {OUTPUT.name}/ are of other captions: name another OUTPUT")
+    load = imitate(arm, data)
+    torch.set_num_threads(evaluate.TORCH_THREADS)
+    if arm != "no prior":
         facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
     draw = functools.partial(instructions.draw, share=float(arm in TOLD))
     draw = draw_in_numbers if arm == "numbers" else draw

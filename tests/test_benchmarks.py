@@ -78,6 +78,9 @@ def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, 
     monkeypatch.setattr(edited.evaluate, "score", lambda *_: score)
     monkeypatch.setattr(edited.stage2, "load_data", lambda: (captions, None))
     monkeypatch.setattr(edited.stage2, "training_folders", list)
+    with pytest.raises(BadInput, match="other captions"):  # than those of the runs that are there
+        edited.run("words", 0)
+    monkeypatch.setattr(edited, "OUTPUT", tmp_path)
     monkeypatch.setattr(edited.ppo, "MODEL", str(toy_base))
     toy = {"CASES": {"taught": ["stop"], "held_out": ["stop"], "new": []}, "WHEN": 2, "TOLD": 100, "TRACKS": [100_200]}
     for name, x in toy.items():
