@@ -14,6 +14,7 @@ import torch
 from conftest import COLLECT, STAGE2, edit, make_toy_base
 
 import car_racing_env
+import evaluate
 import GitText2ActionWithPrompt as model_file
 import ppo_git_with_prompt as ppo
 from car_racing_env import REWARDS, make_training_env
@@ -101,6 +102,13 @@ def customised_question_base_answers_and_instruction(model):
     said = {x["sentence"] for row in rows for x in row["told"] if x["instruction"] == "crawl"}
     crawl = INSTRUCTIONS["crawl"]
     assert said & set(crawl.taught) and not said & set(crawl.held_out)
+
+
+def customised_a_driver_of_ones_own_steers_to_the_grey():
+    frames = np.full((3, 96, 96, 3), (100, 200, 100), np.uint8)
+    frames[0, :, :30], frames[1, :, 60:], frames[2, :, 40:56] = 105, 105, 105
+    actions = evaluate.DRIVERS["grey"]()(frames, {})
+    assert actions.tolist() == [model_file.ANSWERS[answer] for answer in ("Turn left", "Turn right", "Accelerate")]
 
 
 def customised_a_sweep_runs_with_the_constants_that_its_run_json_names(model):
