@@ -72,6 +72,10 @@ def test_what_a_visitor_is_told(toy_model):
         assert said[-1]["note"].endswith(f" {unknown}.") and session.told == ""
     session.do_say("left " * 100)
     assert "token" in said[-1]["note"] and session.told == ""
+    session.do_say("Slow down and keep left.")
+    assert not said[-1]["note"]
+    session.do_drivers(["policy", "teacher"])  # who reads no such sentence
+    assert "teacher" in said[-1]["note"]
     session.close()
 
 
