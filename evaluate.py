@@ -66,8 +66,10 @@ class Teacher:
     `told` is a `Target`, or one for each frame.
     """
 
-    def __init__(self, told=RACE):
-        self.teacher, self.told = load_teacher(), told
+    told = RACE
+
+    def __init__(self):
+        self.teacher = load_teacher()
 
     def __call__(self, frames, infos):
         return self.teacher.act(infos["state"], self.told)
@@ -79,8 +81,10 @@ class Answers:
     `told` is the instruction, "" for none, or one for each frame.
     """
 
-    def __init__(self, model, told=""):
-        self.model, self.told, self.words, self.unparsable = model, told, 0, 0
+    told = ""
+
+    def __init__(self, model):
+        self.model, self.words, self.unparsable = model, 0, 0
         self.counting = threading.Lock()  # threads share a driver
 
     def __call__(self, frames, infos):
@@ -102,8 +106,10 @@ class Answers:
 class Policy:
     """The most probable action of a model with its policy head. `told` is the instruction, or one for each frame."""
 
-    def __init__(self, model, told=""):
-        self.model, self.told = model, told
+    told = ""
+
+    def __init__(self, model):
+        self.model = model
 
     def __call__(self, frames, infos):
         return to_simulator(self.probabilities(frames).argmax(1))

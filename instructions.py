@@ -5,8 +5,6 @@ An instruction has a name: an entry of INSTRUCTIONS (phrasings.py), one of COMBI
 """
 
 import functools
-import hashlib
-import json
 import re
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from phrasings import (
     WORDINGS,
 )
 from support.checks import BadInput
+from support.run_files import facts_hash
 from targets import RACE, Target, random_target
 
 COMBINATION_WEIGHT = 0.3  # how often one of COMBINATIONS is drawn, relative to the instructions' weights
@@ -221,4 +220,4 @@ def digest():
         "wordings": WORDINGS,
         "shares": [COMBINATION_WEIGHT, GARBLED_WEIGHT, SMALL_TALK_SHARE, INDIRECT],
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    return facts_hash(dict(sorted(said.items())))

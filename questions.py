@@ -4,13 +4,12 @@ Reads and writes nothing. The answers come from the simulator's state; none of t
 see by them (offline/make_git_tiny.py), and stage 2 keeps them.
 """
 
-import hashlib
-import json
 import re
 
 import numpy as np
 
 from support.checks import BadInput
+from support.run_files import facts_hash
 
 SPEED_STEP = 5  # units per second in which the speed is told
 OFFSET_PACE = 0.75  # units: a pace from the middle of the road
@@ -136,8 +135,7 @@ def digest():
 
     What `describe` does with these is not in it.
     """
-    asked = [QUESTIONS, SPEED_STEP, OFFSET_PACE, BENDS, TURNS, SLIDES, STEERS]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    return facts_hash([QUESTIONS, SPEED_STEP, OFFSET_PACE, BENDS, TURNS, SLIDES, STEERS])
 
 
 def draw(rng, answers, count):

@@ -54,7 +54,7 @@ ARMS = ("words", "classes", "numbers", "no prior", "random words", "random class
 IN_WORDS = ("words", "random words")  # of these the captions are taught as texts
 TOLD = (*IN_WORDS, "numbers", "no prior")  # these can be told something
 OUTPUT = Path(__file__).parent / "controls"
-STAGE_2 = {name: vars(stage2)[name] for name in ("__file__", "BASE_MODEL", "REWORDED", "WISHES")}  # what is read of it
+FROM_STAGE_2 = ("__file__", "BASE_MODEL", "REWORDED", "WISHES")  # what a run reads of it
 
 
 def in_numbers(target):
@@ -222,8 +222,13 @@ def run(arm, seed):
     draw = draw_in_numbers if arm == "numbers" else draw
     measured, driver = runs.run(load, seed, TRACKS, evaluations=ppo.EVALUATIONS, envs={"draw": draw})
     facts |= measured | ({"obeyed": obeyed(driver, arm)} if arm in TOLD else {})
-    facts["constants"] |= run_files.constants_of(globals(), STAGE_2)
+    facts["constants"] |= run_files.constants_of(*namespaces())
     return facts | {"seconds": round(time.time() - began)}
+
+
+def namespaces():
+    """Whose constants decide a run, beside those that `runs.run` notes."""
+    return globals(), {name: getattr(stage2, name) for name in FROM_STAGE_2}
 
 
 def load_runs():
@@ -299,7 +304,7 @@ def main():
     for seed in SEEDS:
         for arm in ARMS:
             path, facts = OUTPUT / f"{arm}_seed{seed}.json", {"model": model} if arm == "no prior" else {}
-            runs.once(path, functools.partial(run, arm, seed), globals(), STAGE_2, **facts)
+            runs.once(path, functools.partial(run, arm, seed), *namespaces(), **facts)
     found = load_runs()
     print(table(found))
     draw(found, OUTPUT.with_suffix(".png"))

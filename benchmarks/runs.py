@@ -67,12 +67,12 @@ def once(path, run, *namespaces, **facts):
     or constants, those of MODULES and of `namespaces`, `vars()` of others.
     """
     if path.exists():
-        saved, digest = checks.read_json(path), instructions.digest()
+        facts["instructions"] = instructions.digest()
+        saved = {"instructions": facts["instructions"]} | checks.read_json(path)
         made, now = saved.get("constants", {}), run_files.constants_of(*map(vars, MODULES), *namespaces)
         files = now.keys() & made
         changed = {name for file in files for name, x in now[file].items() if made[file].get(name, x) != x}
         changed |= {name for name, x in facts.items() if saved.get(name) != x}
-        changed |= {"instructions"} if saved.get("instructions", digest) != digest else set()
         if other := sorted(changed - MAY_CHANGE):
             raise checks.BadInput(
                 f"{path} was run with another {', '.join(other)}: move {path.parent.name}/ away to run all anew, or "

@@ -38,12 +38,13 @@ def interval(returns):
     10.1214/07-AOAS122). Resampling the pairs alone would take the seeds' share of the spread for noise of the tracks:
     too narrow. So is resampling a few seeds; of up to five it is Student's t of their means, on these tracks.
     """
-    rng, (seeds, tracks) = np.random.default_rng(0), returns.shape
+    seeds, tracks = returns.shape
     if seeds < 2:
         return np.full(2, np.nan)
     if seeds in STUDENT_T:
         means = returns.mean(1)
         return means.mean() + np.array([-1, 1]) * STUDENT_T[seeds] * means.std(ddof=1) / seeds**0.5
+    rng = np.random.default_rng(0)
     means = [
         returns[rng.integers(seeds, size=seeds)][:, rng.integers(tracks, size=tracks)].mean() for _ in range(RESAMPLES)
     ]

@@ -266,10 +266,9 @@ def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     if told:
         tokenizer, wished, moves = model.processor.tokenizer, WISHES * len(rows), motion[rows].repeat(FITS, 0)
         if WISHES:
-            parts.append(wishes(tokenizer, told[:wished]))
+            parts.append(wishes(tokenizer, told[:wished])), counts.append(WISHES)
         if FITS:
-            parts.append(fits(tokenizer, told[wished:], moves))
-        counts += [count for count in (WISHES, FITS) if count]
+            parts.append(fits(tokenizer, told[wished:], moves)), counts.append(FITS)
     longest = max(tokens.shape[-1] for tokens, _ in parts)
 
     def padded(x, value):

@@ -49,6 +49,11 @@ def write_json(path, facts):
     write_file(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 
+def facts_hash(facts):
+    """A short hash of what json can hold; the order of its keys counts."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 def file_hash(path):
     """A short hash of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
