@@ -115,7 +115,7 @@ class ToldNumbers(Classifier):
     def classify(self, weights, frames, index, targets):
         encoded = torch.stack([torch.from_numpy(target.encode()) for target in targets]).to(self.device)
         cache = git_forward.read_image(weights, self.pixels(frames))
-        row = weights.text_norm(self.hidden(encoded))[:, None]
+        row = F.layer_norm(self.hidden(encoded), *weights.text_norm)[:, None]
         states, _ = git_forward.decode(weights, row, cache=[(key[index], value[index]) for key, value in cache])
         features = states[:, 0].float()
         return features, self.classes(features)

@@ -6,7 +6,7 @@ asks a vision-language model. Each run is a process of its own; they take turns.
 benchmarks/results.json.
 
     pip install stable-baselines3
-    python -m benchmarks.ppo      # 6 minutes
+    python -m benchmarks.ppo      # 12 minutes
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ import ppo_git_with_prompt as ppo
 from benchmarks import compare
 from support import checks, processes
 
-ROUNDS = 3
+ROUNDS = 5
 UPDATES = 2  # timed, after WARMUP_UPDATES in which only the value learns
 DECISIONS = UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS
 

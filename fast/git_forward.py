@@ -7,11 +7,12 @@ functions are pure functions of these weights and their inputs, and gradients fl
 gradients equal Hugging Face's (tests/test_GitText2ActionWithPrompt.py).
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import GELUActivation, QuickGELUActivation
@@ -31,25 +32,25 @@ class Layer(NamedTuple):
     up: tuple
     down: tuple
     activation: Callable
-    norm1: nn.LayerNorm
-    norm2: nn.LayerNorm
+    norm1: tuple  # what F.layer_norm takes after its input
+    norm2: tuple
 
 
 class Weights(NamedTuple):
     """What the pass needs of a GIT model."""
 
-    patch_embedding: tuple  # of pixels from 0 to 255
+    patch_embedding: tuple  # linear, of a patch's pixels from 0 to 255, channel by channel
     class_embedding: torch.Tensor  # (1, 1, width), its position added
     patch_positions: torch.Tensor  # (patches, width)
-    pre_norm: nn.LayerNorm
+    pre_norm: tuple
     vision: list
     vision_heads: int
-    post_norm: nn.LayerNorm
+    post_norm: tuple
     projection: tuple
-    projection_norm: nn.LayerNorm
+    projection_norm: tuple
     word_embeddings: torch.Tensor  # (vocabulary, D)
     text_positions: torch.Tensor  # (longest text, D)
-    text_norm: nn.LayerNorm
+    text_norm: tuple
     decoder: list
     decoder_heads: int
     lm_head: tuple
@@ -65,6 +66,9 @@ def collect(git, image_processor):
             weight = weight + module.get_delta_weight("default")
         return weight, module.bias
 
+    def norm_of(module):
+        return module.normalized_shape, module.weight, module.bias, module.eps
+
     def joined(*modules):
         return tuple(torch.cat(part) for part in zip(*map(linear_of, modules)))
 
@@ -74,7 +78,8 @@ def collect(git, image_processor):
             up, up_bias, down, activation = 1.702 * up, 1.702 * up_bias, down / 1.702, F.silu
         elif isinstance(activation, GELUActivation):
             activation = F.gelu
-        return Layer(joined(*qkv), linear_of(out), (up, up_bias), (down, down_bias), activation, norm1, norm2)
+        maps = joined(*qkv), linear_of(out), (up, up_bias), (down, down_bias)
+        return Layer(*maps, activation, norm_of(norm1), norm_of(norm2))
 
     vision = git.git.image_encoder.vision_model
     patch, positions = vision.embeddings.patch_embedding.weight, vision.embeddings.position_embedding.weight
@@ -85,12 +90,12 @@ def collect(git, image_processor):
     projection, projection_norm = git.git.visual_projection.visual_projection
     return Weights(
         patch_embedding=(
-            (patch * image_processor.rescale_factor / std).contiguous(memory_format=torch.channels_last),
+            (patch * image_processor.rescale_factor / std).flatten(1),
             -(patch * mean / std).sum((1, 2, 3)),
         ),
         class_embedding=(vision.embeddings.class_embedding + positions[0])[None, None],
         patch_positions=positions[1:],
-        pre_norm=vision.pre_layrnorm,
+        pre_norm=norm_of(vision.pre_layrnorm),
         vision=[
             layer_of(
                 (x.self_attn.q_proj, x.self_attn.k_proj, x.self_attn.v_proj), x.self_attn.out_proj,
@@ -99,12 +104,12 @@ def collect(git, image_processor):
             for x in vision.encoder.layers
         ],
         vision_heads=vision.config.num_attention_heads,
-        post_norm=vision.post_layernorm,
+        post_norm=norm_of(vision.post_layernorm),
         projection=linear_of(projection),
-        projection_norm=projection_norm,
+        projection_norm=norm_of(projection_norm),
         word_embeddings=git.git.embeddings.word_embeddings.weight,
         text_positions=git.git.embeddings.position_embeddings.weight,
-        text_norm=git.git.embeddings.LayerNorm,
+        text_norm=norm_of(git.git.embeddings.LayerNorm),
         decoder=[
             layer_of(
                 (x.attention.self.query, x.attention.self.key, x.attention.self.value), x.attention.output.dense,
@@ -136,6 +141,7 @@ def prepare(git, image_processor, onednn=ONEDNN):
             return layer._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
 
         return weights._replace(
+            patch_embedding=pack(weights.patch_embedding),
             vision=[pack_layer(layer) for layer in weights.vision],
             projection=pack(weights.projection),
             decoder=[pack_layer(layer) for layer in weights.decoder],
@@ -164,22 +170,29 @@ def attend(query, key, value, mask=None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def cut(pixels, side):
+    """Pixels (B, 3, S, S) cut into square patches, row by row: (B, patches, 3 * side * side)."""
+    patches = pixels.unfold(2, side, side).unfold(3, side, side)  # (B, 3, rows, columns, side, side)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
 def encode_image(w, pixels):
     """The image as the decoder's first rows, (B, 1 + patches, D), of pixels from 0 to 255, float32 (B, 3, S, S)."""
     with torch.autocast(pixels.device.type, enabled=False):  # in bfloat16 pixels that are not centred lose digits
-        patches = F.conv2d(pixels, *w.patch_embedding, stride=w.patch_embedding[0].shape[2:]).flatten(2).mT
-    x = w.pre_norm(torch.cat([w.class_embedding.expand(len(pixels), -1, -1), patches + w.patch_positions], 1))
+        side = math.isqrt(w.patch_embedding[0].shape[1] // pixels.shape[1])
+        patches = linear(cut(pixels, side), *w.patch_embedding) + w.patch_positions
+    x = F.layer_norm(torch.cat([w.class_embedding.expand(len(pixels), -1, -1), patches], 1), *w.pre_norm)
     for layer in w.vision:
-        x = x + linear(attend(*project_qkv(layer.norm1(x), layer.qkv, w.vision_heads)), *layer.out)
-        x = x + linear(linear(layer.norm2(x), *layer.up, layer.activation), *layer.down)
-    return w.projection_norm(linear(w.post_norm(x), *w.projection))
+        x = x + linear(attend(*project_qkv(F.layer_norm(x, *layer.norm1), layer.qkv, w.vision_heads)), *layer.out)
+        x = x + linear(linear(F.layer_norm(x, *layer.norm2), *layer.up, layer.activation), *layer.down)
+    return F.layer_norm(linear(F.layer_norm(x, *w.post_norm), *w.projection), *w.projection_norm)
 
 
 def embed(w, tokens, start=None):
     """Embedded text (B, T, D) of token ids int64 (B, T), the first of them at position `start` int64 (B,) or 0."""
     positions = torch.arange(tokens.shape[-1], device=tokens.device)
     positions = positions if start is None else start[:, None] + positions
-    return w.text_norm(w.word_embeddings[tokens] + w.text_positions[positions])
+    return F.layer_norm(w.word_embeddings[tokens] + w.text_positions[positions], *w.text_norm)
 
 
 def decode(w, x, mask=None, cache=None, rows=None):
@@ -200,11 +213,12 @@ def decode(w, x, mask=None, cache=None, rows=None):
             x = x.take_along_dim(rows[:, :, None], 1)
             query = query.take_along_dim(rows[:, None, :, None], 2)
             mask = None if mask is None else mask[rows][:, None]
-        x = layer.norm1(x + linear(attend(query, key, value, mask), *layer.out))
-        x = layer.norm2(x + linear(linear(x, *layer.up, layer.activation), *layer.down))
+        x = F.layer_norm(x + linear(attend(query, key, value, mask), *layer.out), *layer.norm1)
+        x = F.layer_norm(x + linear(linear(x, *layer.up, layer.activation), *layer.down), *layer.norm2)
     return x, new_cache
 
 
+@functools.lru_cache(100)
 def prefix_mask(image_rows, text_rows, device):
     """GIT's attention mask: image rows see the image, text rows the image and the text up to themselves."""
     rows = image_rows + text_rows
