@@ -178,6 +178,14 @@ def load_model():
     return git, processor, facts
 
 
+class FastTrainer(Trainer):
+    """Transformers' Trainer with `training_products`."""
+
+    def training_step(self, *args, **kwargs):
+        with git_forward.training_products():
+            return super().training_step(*args, **kwargs)
+
+
 def make_trainer(git, processor, data, report):
     """Transformers' Trainer with this script's constants; a checkpoint per epoch in CHECKPOINT_DIR."""
     texts = functools.partial(draw_texts, reworded=REWORDED, wishes=WISHES)
@@ -204,7 +212,7 @@ def make_trainer(git, processor, data, report):
         ddp_timeout=6 * 3600,  # seconds: the others wait while the first process validates
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several it would copy the model onto each, without its pass
-    return Trainer(git, arguments, data_collator=Collator(processor, texts), train_dataset=data, callbacks=[report])
+    return FastTrainer(git, arguments, data_collator=Collator(processor, texts), train_dataset=data, callbacks=[report])
 
 
 def save_adapter(folder, git, processor, facts, metrics, run):

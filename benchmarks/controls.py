@@ -132,6 +132,7 @@ def classifier_loss(model, samples):
     return F.cross_entropy(logits, labels)
 
 
+@git_forward.training_products()
 def fit(parameters, loss_of, data):
     """EPOCHS of AdamW on `loss_of` the batches of `data`."""
     loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=list)

@@ -255,6 +255,7 @@ def batches(num_frames, first_step):
         yield step, order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
 
 
+@git_forward.training_products()
 def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     """One step on the frames `rows`; returns the loss.
 
