@@ -76,6 +76,13 @@ def test_training_on_several_texts_is_hugging_faces(lora, random_model, frames):
     loss = git(pixel_values=random_model.pixels(frames), input_ids=tokens, labels=labels)["loss"]
     ours = [loss, *torch.autograd.grad(loss, trained)]
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs)) and len(trained) > 30
+    precision = torch.get_float32_matmul_precision()
+    with git_forward.training_products():  # float32 as well, or bfloat16 where the processor has AMX
+        assert torch.get_float32_matmul_precision() != precision
+        loss = git(pixel_values=random_model.pixels(frames), input_ids=tokens, labels=labels)["loss"]
+        products = [loss, *torch.autograd.grad(loss, trained)]
+    assert torch.get_float32_matmul_precision() == precision
+    assert all((a - b).norm() <= 0.05 * b.norm() + 1e-5 for a, b in zip(products, theirs))
 
 
 def test_asking_equals_generate(random_model, frames):
