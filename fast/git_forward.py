@@ -168,7 +168,7 @@ def project_qkv(x, weights, count):
 
 def attend(query, key, value, mask=None):
     """Attention, the heads side by side again: (B, T, D)."""
-    if query.requires_grad and query.device.type == "cpu":  # whole products are faster than small blocks
+    if torch.get_float32_matmul_precision() == "medium" and query.device.type == "cpu":  # see training_products
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(-1) @ value
@@ -278,7 +278,8 @@ def read_texts(w, pixels, tokens):
 def training_products():
     """While a model trains on a CPU with AVX-512, let oneDNN multiply float32 matrices, those of gradients too.
 
-    On AMD that is twice as fast, with the same digits; where the CPU has AMX it multiplies in bfloat16.
+    On AMD that is twice as fast, still in float32; where the CPU has AMX it multiplies in bfloat16. It is slow at the
+    small blocks of torch's fused attention, so `attend` multiplies whole matrices meanwhile.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 # before the libraries are imported, and for the processes that tests start
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-os.environ["OMP_WAIT_POLICY"] = "passive"  # beside other work two threads that spin take minutes for seconds
+os.environ |= {"OMP_WAIT_POLICY": "passive"}  # beside other work threads that spin take minutes for seconds
 
 import pytest
 import torch
