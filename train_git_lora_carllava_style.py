@@ -189,7 +189,7 @@ class FastTrainer(Trainer):
 def make_trainer(git, processor, data, report):
     """Transformers' Trainer with this script's constants; a checkpoint per epoch in CHECKPOINT_DIR."""
     texts = functools.partial(draw_texts, reworded=REWORDED, wishes=WISHES)
-    on_cpu = model_file.device().type == "cpu"
+    device = model_file.device()
     arguments = TrainingArguments(
         output_dir=str(ROOT / CHECKPOINT_DIR),
         num_train_epochs=EPOCHS,
@@ -203,8 +203,8 @@ def make_trainer(git, processor, data, report):
         logging_nan_inf_filter=False,
         save_strategy="epoch",
         save_total_limit=2,
-        use_cpu=on_cpu,
-        bf16=not on_cpu,
+        use_cpu=device.type == "cpu",
+        bf16=git_forward.multiplies_bfloat16(device),
         remove_unused_columns=False,
         dataloader_drop_last=True,
         report_to="none",

@@ -46,7 +46,7 @@ STATE = ROOT / "offline" / "git_tiny_state.pt"  # not in git: from which an inte
 RESUME = False
 SEED = 0
 
-TRAIN_FRAMES = 48_000
+TRAIN_FRAMES = 40_000
 VALIDATION_FRAMES = 2_000
 TRAIN_TRACKS = range(50_000, 60_000)
 VALIDATION_TRACKS = range(100_000, 110_000)
@@ -277,7 +277,8 @@ def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
 
     tokens = torch.cat([padded(x, texts.pad) for x, _ in parts], 1)
     labels = torch.cat([padded(x, -100) for _, x in parts], 1)
-    logits = read(model, frames[rows], tokens)  # the frames are seen once, whatever is asked
+    with git_forward.mixed_precision(model.device):
+        logits = read(model, frames[rows], tokens)  # the frames are seen once, whatever is asked
     loss, *others = map(git_forward.text_loss, logits.split(counts, 1), labels.split(counts, 1))
     for other in others:
         loss = loss + WISH_WEIGHT * other

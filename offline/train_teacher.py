@@ -45,7 +45,7 @@ RESUME = False  # continue from offline/teacher_state.pt, the last evaluation's
 NUM_WORKERS = 2  # processes, each with its own environments and a copy of the policy
 ENVS_PER_WORKER = 16
 NUM_STEPS = 512  # decisions per environment and update
-TOTAL_UPDATES = 340  # x 16,384 decisions
+TOTAL_UPDATES = 120  # x 16,384 decisions
 BURST_START = 0.01  # random bursts while training make the teacher good at recoveries; they fade to none
 BURST_LONGEST = 7  # decisions
 PLAIN_UPDATES = 30  # first it learns to race; over as many again throws and targets come in
@@ -77,7 +77,7 @@ K_EPOCHS = 6
 MINIBATCH_SIZE = 2048  # decisions
 MAX_GRAD_NORM = 0.5
 
-EVAL_EVERY = 20  # updates
+EVAL_EVERY = 40  # updates
 EVAL_TRACKS = range(100_000, 100_100)
 
 
