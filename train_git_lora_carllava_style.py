@@ -151,9 +151,11 @@ def load_data():
         checks.check_same(f"{folder}/", labelled, said, remedy)
     train = Captions(*(folder / "train" for folder in folders))
     validation = Captions(ROOT / DATA_DIR / "validation")
-    if len(train) < max(MIN_FRAMES, BATCH_SIZE):
-        remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
-        raise checks.BadInput(f"{DATA_DIR}/ has {len(train)} training frames, a sample: {remedy}")
+    sizes = collections.Counter(row["file"].parent.parent for row in train.rows)
+    for folder in folders:
+        if sizes[folder] < max(MIN_FRAMES, BATCH_SIZE):
+            remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
+            raise checks.BadInput(f"{folder}/ has {sizes[folder]} training frames, a sample: {remedy}")
     if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:  # each frame is read with as many texts
         raise checks.BadInput(f"{DATA_DIR}/ and MORE_DATA hold frames of several settings: rerun collect_captions.py")
     told = {(x["instruction"], x["sentence"]) for row in train.rows for x in row["told"]}

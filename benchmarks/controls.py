@@ -16,7 +16,7 @@ Writes benchmarks/controls/<name>_seed<n>.json as each run ends, and skips those
 Prints `table()` and draws benchmarks/controls.png, in which `CnnPolicy` (benchmarks/sb3_baseline.py) and the same seeds
 of the adapter that ships (benchmarks/seeds.py; only their PPO differs) stand beside them.
 
-    python -m benchmarks.controls      # 13 to 60 minutes a run; after python collect_captions.py
+    python -m benchmarks.controls      # 13 minutes to two hours a run; after python collect_captions.py
 """
 
 import functools
@@ -39,7 +39,7 @@ from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, device
 from offline import make_git_tiny
 from support import checks, plots, run_files
-from support.checkpoints import load_base
+from support.checkpoints import fingerprint, load_base
 from support.plots import plt
 from targets import RACE, TARGET_SIZE, Target
 
@@ -211,7 +211,7 @@ def run(arm, seed):
     facts = {"arm": arm}
     if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
         hashes = [run_files.file_hash(folder / "train/metadata.jsonl") for folder in stage2.training_folders()]
-        facts |= {"captions": len(data), "data_hash": " ".join(hashes)}
+        facts |= {"captions": len(data), "data_hash": " ".join(hashes), **base_facts()}
         others = [row.get("data_hash") for rows in load_runs().values() for row in rows.values()]
         if {*others} - {None, facts["data_hash"]}:
             raise checks.BadInput(f"the runs in {OUTPUT.name}/ are of other captions: name another OUTPUT")
@@ -225,6 +225,11 @@ def run(arm, seed):
     facts |= measured | ({"obeyed": obeyed(driver, arm)} if arm in TOLD else {})
     facts["constants"] |= run_files.constants_of(*namespaces())
     return facts | {"seconds": round(time.time() - began)}
+
+
+def base_facts():
+    """The base that the controls begin with, or whose architecture they have."""
+    return {"base_fingerprint": fingerprint(load_base(BASE)[0])}
 
 
 def namespaces():
@@ -301,10 +306,10 @@ def draw(found, path):
 
 
 def main():
-    model = GitText2ActionWithPrompt.from_pretrained(ppo.MODEL).source
+    base, adapter = base_facts(), {"model": GitText2ActionWithPrompt.from_pretrained(ppo.MODEL).source}
     for seed in SEEDS:
         for arm in ARMS:
-            path, facts = OUTPUT / f"{arm}_seed{seed}.json", {"model": model} if arm == "no prior" else {}
+            path, facts = OUTPUT / f"{arm}_seed{seed}.json", adapter if arm == "no prior" else base
             runs.once(path, functools.partial(run, arm, seed), *namespaces(), **facts)
     found = load_runs()
     print(table(found))

@@ -135,6 +135,7 @@ def make_trainer(captions, ours):
         per_device_train_batch_size=LORA_BATCH,
         learning_rate=stage2.LEARNING_RATE,
         use_cpu=True,
+        bf16=ours and git_forward.BFLOAT16,  # as in stage 2
         remove_unused_columns=False,
         report_to="none",
         save_strategy="no",

@@ -63,16 +63,15 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
 def once(path, run, *namespaces, **facts):
     """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
 
-    BadInput if a run that is there had other `facts`, such as `model`, or, as far as it noted them, other instructions
-    or constants, those of MODULES and of `namespaces`, `vars()` of others.
+    BadInput if a run that is there had, as far as it noted them, other `facts`, such as `model`, other instructions or
+    constants, those of MODULES and of `namespaces`, `vars()` of others.
     """
     if path.exists():
-        facts["instructions"] = instructions.digest()
-        saved = {"instructions": facts["instructions"]} | checks.read_json(path)
+        facts["instructions"], saved = instructions.digest(), checks.read_json(path)
         made, now = saved.get("constants", {}), run_files.constants_of(*map(vars, MODULES), *namespaces)
         files = now.keys() & made
         changed = {name for file in files for name, x in now[file].items() if made[file].get(name, x) != x}
-        changed |= {name for name, x in facts.items() if saved.get(name) != x}
+        changed |= {name for name, x in facts.items() if saved.get(name, x) != x}
         if other := sorted(changed - MAY_CHANGE):
             raise checks.BadInput(
                 f"{path} was run with another {', '.join(other)}: move {path.parent.name}/ away to run all anew, or "

@@ -11,13 +11,16 @@ import functools
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 import ppo_git_with_prompt as ppo
 from benchmarks import runs
 from car_racing_env import FRAME_SKIP
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
-from offline import make_git_tiny, train_teacher
+from offline import train_teacher
 from support import checks
+from support.run_files import ROOT
+from teacher import TEACHER
 
 OUTPUT = Path(__file__).parent / "seeds"
 SEEDS = range(10)
@@ -77,13 +80,15 @@ def table(rows):
 
 def frames():
     """Environment frames that the runs stand on, by what they were for; those of dropped episodes are not counted."""
-    teacher = train_teacher.TOTAL_UPDATES * train_teacher.NUM_WORKERS * train_teacher.ENVS_PER_WORKER
+    with safe_open(ROOT / TEACHER, "np") as file:
+        teacher = int(file.metadata()["update"])
+    base = checks.read_json(ROOT / "offline/git-tiny/run.json")["constants"]["make_git_tiny.py"]
     captions = sum(kept / share for kept, share in CAPTIONS)
+    decisions = train_teacher.NUM_WORKERS * train_teacher.ENVS_PER_WORKER * train_teacher.NUM_STEPS  # an update
     return {
-        "teacher": teacher * train_teacher.NUM_STEPS * FRAME_SKIP,
+        "teacher": teacher * decisions * FRAME_SKIP,
         "the teacher before": EARLIER_TEACHER,
-        "git-tiny": round((make_git_tiny.TRAIN_FRAMES + make_git_tiny.VALIDATION_FRAMES) / make_git_tiny.KEEP)
-        * FRAME_SKIP,
+        "git-tiny": round((base["TRAIN_FRAMES"] + base["VALIDATION_FRAMES"]) / base["KEEP"]) * FRAME_SKIP,
         "captions": round(captions) * FRAME_SKIP,
         "PPO, each run": runs.FRAMES,
     }

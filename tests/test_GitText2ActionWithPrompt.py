@@ -56,7 +56,7 @@ def test_the_pass_is_hugging_faces(onednn, random_model, frames):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_training_on_several_texts_is_hugging_faces(lora, random_model, frames):
+def test_training_on_several_texts_is_hugging_faces(lora, random_model, frames, monkeypatch):
     """Loss and gradients of every weight (git-tiny) or LoRA weight, by a forward of its own for each text."""
     git, tokenizer = random_model.git.requires_grad_(True), random_model.processor.tokenizer
     if lora:  # in place; the others are frozen
@@ -77,12 +77,15 @@ def test_training_on_several_texts_is_hugging_faces(lora, random_model, frames):
     ours = [loss, *torch.autograd.grad(loss, trained)]
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs)) and len(trained) > 30
     precision = torch.get_float32_matmul_precision()
-    with git_forward.training_products():  # float32 as well, or bfloat16 where the processor has AMX
-        assert torch.get_float32_matmul_precision() != precision
-        loss = git(pixel_values=random_model.pixels(frames), input_ids=tokens, labels=labels)["loss"]
-        products = [loss, *torch.autograd.grad(loss, trained)]
-    assert torch.get_float32_matmul_precision() == precision
-    assert all((a - b).norm() <= 0.05 * b.norm() + 1e-5 for a, b in zip(products, theirs))
+    for bfloat16 in (False, True):  # as if the processor could multiply it
+        monkeypatch.setattr(git_forward, "BFLOAT16", bfloat16)
+        with git_forward.training_products():
+            assert torch.get_float32_matmul_precision() != precision
+            with git_forward.mixed_precision(random_model.device):
+                loss = git(pixel_values=random_model.pixels(frames), input_ids=tokens, labels=labels)["loss"]
+            products = [loss, *torch.autograd.grad(loss, trained)]
+        assert torch.get_float32_matmul_precision() == precision
+        assert all((a - b).norm() <= 0.05 * b.norm() + 1e-3 for a, b in zip(products, theirs))
 
 
 def test_asking_equals_generate(random_model, frames):

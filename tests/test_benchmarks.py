@@ -7,10 +7,10 @@ import pytest
 
 import evaluate
 import ppo_git_with_prompt as ppo
-from benchmarks import controls, drives, obedience, recovery, runs, seeds
+from benchmarks import controls, drives, from_nothing, obedience, recovery, runs, seeds
 from GitText2ActionWithPrompt import ANSWERS
 from support import run_files
-from support.checks import BadInput
+from support.checks import BadInput, read_json
 from targets import RACE, SIDE, Target
 
 
@@ -81,6 +81,10 @@ def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, 
     with pytest.raises(BadInput, match="other captions"):  # than those of the runs that are there
         edited.run("words", 0)
     monkeypatch.setattr(edited, "OUTPUT", tmp_path)
+    run_files.write_json(tmp_path / "words_seed0.json", {"base_fingerprint": "of another git-tiny"})
+    with pytest.raises(BadInput, match="base_fingerprint"):
+        edited.main()
+    (tmp_path / "words_seed0.json").unlink()
     monkeypatch.setattr(edited.ppo, "MODEL", str(toy_base))
     toy = {"CASES": {"taught": ["stop"], "held_out": ["stop"], "new": []}, "WHEN": 2, "TOLD": 100, "TRACKS": [100_200]}
     for name, x in toy.items():
@@ -106,6 +110,22 @@ def test_a_run_of_something_else_is_not_taken_for_ours(tmp_path, monkeypatch):
     run_files.add_to_json(path, {"instructions": "others"})
     with pytest.raises(BadInput, match="instructions"):
         runs.once(path, None, model=ours)
+
+
+def test_from_nothing_goes_on_after_the_last_script_that_ended(tmp_path, monkeypatch):
+    """Each script runs once; one that fails is named and runs again."""
+    monkeypatch.setattr(from_nothing, "ROOT", tmp_path)
+    monkeypatch.setattr(from_nothing, "SCRIPTS", ("one", "two"))
+    (tmp_path / "one.py").write_text("open('ran', 'a').write('1')")
+    (tmp_path / "two.py").write_text("raise SystemExit(1)")
+    with pytest.raises(BadInput, match="two"):
+        from_nothing.main()
+    score = {"mean": 900.0, "std": 10.0, "min": 880.0, "laps_finished_percent": 90.0, "returns": []}
+    (tmp_path / "two.py").write_text("open('ran', 'a').write('2')")
+    run_files.write_json(tmp_path / from_nothing.SCORE, score)
+    from_nothing.main()
+    made = read_json(tmp_path / from_nothing.OUTPUT)
+    assert (tmp_path / "ran").read_text() == "12" and [*made["seconds"]] == ["one", "two"] and made["mean"] == 900
 
 
 def test_targets_told_in_numbers():
