@@ -307,7 +307,7 @@ def train(
         diagnostics = {"learning_rate": optimizer.param_groups[0]["lr"]}
         warming_up = number <= WARMUP_UPDATES
         if model.trains_lora and not warming_up:
-            torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
         diagnostics |= update(model, optimizer, batch, accelerator, k_epochs, warming_up)
         torch.set_num_threads(TORCH_THREADS)
         for name, p in model.trained_parameters().items():

@@ -1,7 +1,8 @@
 """Stage 2: LoRA teaches a GIT to answer "What should the vehicle do in this scenario?", also under instructions.
 
 Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_caption_model_carllava/ (PEFT adapter,
-processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png.
+processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png
+and .csv.
 
     python train_git_lora_carllava_style.py      # 10 to 25 minutes on two CPU cores; then python ppo_git_with_prompt.py
 
@@ -180,14 +181,6 @@ def load_model():
     return git, processor, facts
 
 
-class FastTrainer(Trainer):
-    """Transformers' Trainer with `training_products`."""
-
-    def training_step(self, *args, **kwargs):
-        with git_forward.training_products():
-            return super().training_step(*args, **kwargs)
-
-
 def make_trainer(git, processor, data, report):
     """Transformers' Trainer with this script's constants; a checkpoint per epoch in CHECKPOINT_DIR."""
     texts = functools.partial(draw_texts, reworded=REWORDED, wishes=WISHES)
@@ -214,7 +207,7 @@ def make_trainer(git, processor, data, report):
         ddp_timeout=6 * 3600,  # seconds: the others wait while the first process validates
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several it would copy the model onto each, without its pass
-    return FastTrainer(git, arguments, data_collator=Collator(processor, texts), train_dataset=data, callbacks=[report])
+    return Trainer(git, arguments, data_collator=Collator(processor, texts), train_dataset=data, callbacks=[report])
 
 
 def save_adapter(folder, git, processor, facts, metrics, run):
@@ -244,6 +237,7 @@ def main():
     git, processor, facts = load_model()
     data_hash = " ".join(run_files.file_hash(folder / "train/metadata.jsonl") for folder in training_folders())
     inputs = {"processes": world_size, "data_hash": data_hash, "instructions": instructions.digest()} | facts
+    inputs |= {"bfloat16": git_forward.multiplies_bfloat16(model_file.device())}
     inputs |= {"adapter_hash": run_files.file_hash(ROOT / ADAPTER / "adapter_model.safetensors") if ADAPTER else ""}
     run = run_files.describe_run(globals(), vars(model_file), vars(car_racing_env), **inputs)
     model = GitText2ActionWithPrompt(git, processor)

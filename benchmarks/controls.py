@@ -132,7 +132,6 @@ def classifier_loss(model, samples):
     return F.cross_entropy(logits, labels)
 
 
-@git_forward.training_products()
 def fit(parameters, loss_of, data):
     """EPOCHS of AdamW on `loss_of` the batches of `data`."""
     loader = torch.utils.data.DataLoader(data, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=list)
@@ -142,7 +141,8 @@ def fit(parameters, loss_of, data):
     for epoch in tqdm(range(EPOCHS), unit="epoch"):
         losses = []
         for samples in loader:
-            loss = loss_of(samples)
+            with git_forward.mixed_precision(device()):
+                loss = loss_of(samples)
             if not torch.isfinite(loss):
                 raise checks.BadInput("the loss is not finite: lower LEARNING_RATE in benchmarks/controls.py")
             optimizer.zero_grad()

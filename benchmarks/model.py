@@ -143,8 +143,7 @@ def make_trainer(captions, ours):
     )
     data, collator = (captions, Collator(processor, plain_text)) if ours else (PerSample(captions, processor), None)
     git = git_forward.train_by_this_pass(git, processor.image_processor) if ours else git
-    trainer = stage2.FastTrainer if ours else Trainer
-    return trainer(get_peft_model(git, config), arguments, data_collator=collator, train_dataset=data)
+    return Trainer(get_peft_model(git, config), arguments, data_collator=collator, train_dataset=data)
 
 
 def compare_lora_epoch():

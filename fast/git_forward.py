@@ -2,12 +2,11 @@
 
 Several texts on one image share its rows. `collect` takes the weights out of a `GitForCausalLM`: query, key and value
 as one matrix, the pixels' normalisation inside the patch embedding, a LoRA added to its layer. `prepare` does it once
-for a model that is not trained and, on CPUs with AVX-512, brings the matrices into oneDNN's own order. All other
-functions are pure functions of these weights and their inputs, and gradients flow through them. States, scores and
-gradients equal Hugging Face's (tests/test_GitText2ActionWithPrompt.py).
+for a model that is not trained and, on CPUs with AVX-512, brings the matrices into oneDNN's own order. The pass is made
+of pure functions of these weights and their inputs, and gradients flow through them. States, scores and gradients equal
+Hugging Face's (tests/test_GitText2ActionWithPrompt.py).
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -169,7 +168,7 @@ def project_qkv(x, weights, count):
 
 def attend(query, key, value, mask=None):
     """Attention, the heads side by side again: (B, T, D)."""
-    if torch.get_float32_matmul_precision() == "medium" and query.device.type == "cpu":  # see training_products
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":  # torch's fused attention is twice as slow there
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(-1) @ value
@@ -193,7 +192,8 @@ def encode_image(w, pixels):
     for layer in w.vision:
         x = x + linear(attend(*project_qkv(F.layer_norm(x, *layer.norm1), layer.qkv, w.vision_heads)), *layer.out)
         x = x + linear(linear(F.layer_norm(x, *layer.norm2), *layer.up, layer.activation), *layer.down)
-    return F.layer_norm(linear(F.layer_norm(x, *w.post_norm), *w.projection), *w.projection_norm)
+    # .float(): on a CPU, under autocast, the sums of all layers would else be in bfloat16 from here on
+    return F.layer_norm(linear(F.layer_norm(x, *w.post_norm), *w.projection).float(), *w.projection_norm)
 
 
 def embed(w, tokens, start=None):
@@ -275,28 +275,13 @@ def read_texts(w, pixels, tokens):
     return torch.cat(logits).index_select(0, order.argsort()).unflatten(0, tokens.shape[:2])
 
 
-@contextlib.contextmanager
-def training_products():
-    """While a model trains on a CPU with AVX-512, let oneDNN multiply float32 matrices, those of gradients too.
-
-    On AMD that is twice as fast, still in float32; where the CPU has AMX it multiplies in bfloat16. It is slow at the
-    small blocks of torch's fused attention, so `attend` multiplies whole matrices meanwhile.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def multiplies_bfloat16(device):
     """Whether a device is faster in bfloat16: GPUs, and CPUs with an instruction for it."""
     return device.type == "cuda" or BFLOAT16
 
 
 def mixed_precision(device):
-    """Autocast for the forward pass of training: matrices in bfloat16 where that is faster, all else in float32."""
+    """Autocast for the forward pass of training: products and attention in bfloat16 where that is faster."""
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
 
 

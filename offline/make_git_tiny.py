@@ -255,7 +255,6 @@ def batches(num_frames, first_step):
         yield step, order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
 
 
-@git_forward.training_products()
 def train_step(model, optimizer, schedule, frames, texts, motion, rows, told):
     """One step on the frames `rows`; returns the loss.
 
@@ -340,6 +339,7 @@ def main():
     run = run_files.describe_run(
         globals(), *map(vars, (model_file, car_racing_env, perturbations)),
         teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
+        questions=questions.digest(), bfloat16=git_forward.multiplies_bfloat16(model_file.device()),
     )  # fmt: skip
     print(
         f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 15 to 40 minutes on two CPU cores with the default constants; "
