@@ -46,7 +46,7 @@ STATE = ROOT / "offline" / "git_tiny_state.pt"  # not in git: from which an inte
 RESUME = False
 SEED = 0
 
-TRAIN_FRAMES = 40_000
+TRAIN_FRAMES = 48_000
 VALIDATION_FRAMES = 2_000
 TRAIN_TRACKS = range(50_000, 60_000)
 VALIDATION_TRACKS = range(100_000, 110_000)
