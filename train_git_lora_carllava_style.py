@@ -4,7 +4,7 @@ Reads a GIT base (BASE_MODEL) and CarRacing-Data/ of stage 1. Writes lora_git_ca
 processor, card, task.json, run.json), and results/: lora_log.csv (a row per epoch), lora_loss.png, lora_confusion.png
 and .csv.
 
-    python train_git_lora_carllava_style.py      # 10 to 25 minutes on two CPU cores; then python ppo_git_with_prompt.py
+    python train_git_lora_carllava_style.py      # 7 to 25 minutes on two CPU cores; then python ppo_git_with_prompt.py
 
 Each frame is read once with several texts (captions.py): the plain question in several wordings, the question under
 some of the instructions it was labelled for, and a question about the scene, so that seeing is not forgotten, or about

@@ -199,6 +199,24 @@ def fill_rounds(text):
     return fill("| one round and six |", cells, text)
 
 
+def fill_from_nothing(text):
+    """Minutes of each script, what its policy scores and, where it can be told something, obeys."""
+    folder = PUBLISHED / "from_nothing"
+    made = [read_json(folder / f"{name}.json") for name in ("cb1ac85", "today")]
+    drives, groups = read_json(folder / "obedience.json")["policy"]["rows"], {x: y for y, x in obedience.GROUPS.items()}
+
+    def cells(name):
+        if name in made[0]["seconds"]:
+            return [f"{x['seconds'][name] / 60:.1f}" for x in made]
+        if name in groups:
+            return ["", percent(np.mean([x["obeyed"] for x in drives if x["group"] == groups[name]]))]
+        if name == "all, minutes":
+            return [f"{x['minutes']:.1f}" for x in made]
+        return ["{}, laps {laps_finished_percent:.0f} %, min {min:.0f}".format(score(x), **x) for x in made]
+
+    return fill("| from nothing |", cells, text)
+
+
 def fill_speed(text):
     claims = read_json(BENCHMARKS / "results.json")
 
@@ -268,7 +286,8 @@ def filled(text):
     """A page's text with its tables filled anew."""
     for fill_some in (
         fill_scores, fill_gains, fill_training, fill_obedience, fill_contradictions, fill_learned, fill_benchmarks,
-        fill_rounds, fill_speed, fill_limits, fill_processes, fill_page, fill_runs, fill_scores_of_readme,
+        fill_rounds, fill_from_nothing, fill_speed, fill_limits, fill_processes, fill_page, fill_runs,
+        fill_scores_of_readme,
     ):  # fmt: skip
         text = fill_some(text)
     return text
