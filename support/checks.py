@@ -34,7 +34,7 @@ def run(main):
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(
-            "stopped by Ctrl-C; what was written before is kept, and a script that has RESUME goes on with RESUME = True"
+            "stopped by Ctrl-C; what was written before is kept; a script that has RESUME goes on with RESUME = True"
         ) from None
     except BrokenPipeError:  # the reader of our output, as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
