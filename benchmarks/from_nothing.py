@@ -38,7 +38,7 @@ def main():
         made["seconds"][script] = round(time.time() - began)
         run_files.write_json(output, made)
     score = checks.read_json(ROOT / SCORE)
-    names = ("mean", "std", "min", "laps_finished_percent")
+    names = ("mean", "std", "min", "laps_finished_percent", "returns")
     made |= {"minutes": round(sum(made["seconds"].values()) / 60, 1)} | {name: score[name] for name in names}
     run_files.write_json(output, made)
     print(f"{made['mean']:.1f} ± {made['std']:.1f} after {made['minutes']} minutes; wrote {OUTPUT}")
