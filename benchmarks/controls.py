@@ -211,7 +211,7 @@ def run(arm, seed):
     facts = {"arm": arm}
     if arm != "no prior":  # it has seen no captions, and knows nothing before PPO
         hashes = [run_files.file_hash(folder / "train/metadata.jsonl") for folder in stage2.training_folders()]
-        facts |= {"captions": len(data), "data_hash": " ".join(hashes), **base_facts()}
+        facts |= {"captions": len(data), "data_hash": " ".join(hashes)}
         others = [row.get("data_hash") for rows in load_runs().values() for row in rows.values()]
         if {*others} - {None, facts["data_hash"]}:
             raise checks.BadInput(f"the runs in {OUTPUT.name}/ are of other captions: name another OUTPUT")
@@ -225,11 +225,6 @@ def run(arm, seed):
     facts |= measured | ({"obeyed": obeyed(driver, arm)} if arm in TOLD else {})
     facts["constants"] |= run_files.constants_of(*namespaces())
     return facts | {"seconds": round(time.time() - began)}
-
-
-def base_facts():
-    """The base that the controls begin with, or whose architecture they have."""
-    return {"base_fingerprint": fingerprint(load_base(BASE)[0])}
 
 
 def namespaces():
@@ -306,7 +301,8 @@ def draw(found, path):
 
 
 def main():
-    base, adapter = base_facts(), {"model": GitText2ActionWithPrompt.from_pretrained(ppo.MODEL).source}
+    base = {"base_fingerprint": fingerprint(load_base(BASE)[0])}
+    adapter = {"model": GitText2ActionWithPrompt.from_pretrained(ppo.MODEL).source}
     for seed in SEEDS:
         for arm in ARMS:
             path, facts = OUTPUT / f"{arm}_seed{seed}.json", adapter if arm == "no prior" else base

@@ -4,7 +4,7 @@ Writes results/from_nothing.json as each script ends: its seconds, and at the en
 tracks. An interrupted run goes on with the script that it was in, from its start; without the file it begins anew.
 What ships is replaced (git checkout offline CarRacing-Data lora_git_caption_model_carllava).
 
-    python -m benchmarks.from_nothing      # 30 to 80 minutes on two CPU cores
+    python -m benchmarks.from_nothing      # 40 to 120 minutes on two CPU cores
 """
 
 import subprocess

@@ -61,7 +61,7 @@ def run(load, seed, tracks, *, frames=FRAMES, frame_skip=FRAME_SKIP, evaluations
 
 
 def once(path, run, *namespaces, **facts):
-    """Write what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
+    """Write `facts` and what `run()` returns to a json file, unless it is there; bad input is told and leaves it out.
 
     BadInput if a run that is there had, as far as it noted them, other `facts`, such as `model`, other instructions or
     constants, those of MODULES and of `namespaces`, `vars()` of others.
@@ -80,7 +80,7 @@ def once(path, run, *namespaces, **facts):
     else:
         print(path.stem, flush=True)
         try:
-            run_files.write_json(path, run())
+            run_files.write_json(path, facts | run())
         except checks.BadInput as error:
             print(f"{path.stem} is left out: {error}", flush=True)
 

@@ -168,7 +168,7 @@ def project_qkv(x, weights, count):
 
 def attend(query, key, value, mask=None):
     """Attention, the heads side by side again: (B, T, D)."""
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu":  # torch's fused attention is twice as slow there
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":  # fused, a training step takes twice as long
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(-1) @ value

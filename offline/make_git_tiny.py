@@ -7,7 +7,7 @@ them it learns to say in the simplest words what somebody wants, by the taught s
 that is how the car drives: a model that has read a book knows that left is not right. What to do about it, it does not
 know.
 
-    python -m offline.make_git_tiny      # 10 to 40 minutes on two CPU cores, 3 on a GPU and 16 cores
+    python -m offline.make_git_tiny      # 12 to 40 minutes on two CPU cores, 3 on a GPU and 16 cores
 
 The shipped one comes back with: git checkout offline/git-tiny
 """
@@ -342,7 +342,7 @@ def main():
         questions=questions.digest(), bfloat16=git_forward.multiplies_bfloat16(model_file.device()),
     )  # fmt: skip
     print(
-        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 10 to 40 minutes on two CPU cores with the default constants; "
+        f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 12 to 40 minutes on two CPU cores with the default constants; "
         f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout offline/git-tiny)"
     )
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)

@@ -100,7 +100,7 @@ def test_every_control_runs_to_its_row_of_the_table(toy_base, script, captions, 
 def test_a_run_of_something_else_is_not_taken_for_ours(tmp_path, monkeypatch):
     """Another model, constant or instruction; what the file does not note is not compared."""
     path, ours = tmp_path / "seed0.json", {"adapter_hash": "ours"}
-    runs.once(path, lambda: {"model": ours, "constants": {"ppo_git_with_prompt.py": {"GAMMA": ppo.GAMMA}}}, model=ours)
+    runs.once(path, lambda: {"constants": {"ppo_git_with_prompt.py": {"GAMMA": ppo.GAMMA}}}, model=ours)
     runs.once(path, None, model=ours)
     with pytest.raises(BadInput, match="seed0.json .* model"):
         runs.once(path, None, model={"adapter_hash": "theirs"})
