@@ -6,6 +6,7 @@ does. To change what training rewards, add a field to `Rewards` and a line to `T
 (docs/customise.md).
 """
 
+import math
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -70,16 +71,21 @@ class FrameSkip(gym.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
-        total = 0.0
+        total, base = 0.0, self.unwrapped
         for frame in range(self.skip):
-            self.unwrapped.drawing = self.draws and frame == self.skip - 1
+            base.drawing = self.draws and frame == self.skip - 1
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += reward
             if terminated or truncated:
                 break
         if obs is None and self.draws:
-            obs = self.unwrapped.draw()
+            obs = base.draw()
         return obs, total, terminated, truncated, info
+
+
+def clipped(value, limit):
+    """The value, or -limit or limit if it is beyond them."""
+    return max(-limit, min(value, limit))
 
 
 def episode_end(terminated, truncated, info):
@@ -122,7 +128,7 @@ class TrainingRewards(gym.Wrapper):
         if not end and grass_frames >= self.rewards.grass_limit and not self.grace:
             terminated, end = True, "grass"
 
-        reward = float(np.clip(reward, -self.rewards.clip, self.rewards.clip)) if target.speed is None else 0.0
+        reward = clipped(reward, self.rewards.clip) if target.speed is None else 0.0
         reward += self._pay_for_the_way(target) + self._pay_for_turning(info.get("thrown"))
         if not self.grace and target.speed is None:
             reward -= penalty_scale * self.rewards.miss_penalty * newly_missed
@@ -148,7 +154,7 @@ class TrainingRewards(gym.Wrapper):
         road, before = self.get_wrapper_attr("road"), self.travelled
         self.travelled = road.travelled
         limit = float(self.frame_skip)  # tiles: faster than any car
-        progress = float(np.clip(road.travelled - before, -limit, limit))
+        progress = clipped(road.travelled - before, limit)
         pairs = self.frame_skip / 2  # of frames
         reward = self.rewards.progress * progress - pairs * self.rewards.side_left * target.side_error(road.offset)
         if target.speed is not None:  # the speed along the road: neither standing nor going the wrong way pays
@@ -162,7 +168,7 @@ class TrainingRewards(gym.Wrapper):
         return 0.0 if thrown else self.rewards.facing * (self.faces - before)
 
     def _faces_the_road(self):
-        return float(np.cos(self.get_wrapper_attr("road").heading - self.unwrapped.car.hull.angle))
+        return math.cos(self.get_wrapper_attr("road").heading - self.unwrapped.car.hull.angle)
 
     def _look_at_the_road(self):
         """Tiles newly left behind unvisited, frames since a wheel touched the road, the penalties' present share."""

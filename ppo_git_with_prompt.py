@@ -30,6 +30,7 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 from car_racing_env import FRAME_SKIP
+from fast import git_forward
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, processes, run_files
 
@@ -338,6 +339,7 @@ def main():
                 each.add_lora(LORA_RANK, LORA_ALPHA)
         torch.manual_seed(SEED + rank)  # every process has the same heads, and acts by draws of its own
         facts = {"processes": world_size, "device": model.device.type, "instructions": instructions.digest()}
+        facts["bfloat16"] = git_forward.multiplies_bfloat16(model.device)
         modules = (model_file, car_racing_env, perturbations)
         run = run_files.describe_run(globals(), *map(vars, modules), **facts | model.source)
         driver = evaluate.Policy(averaged)

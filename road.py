@@ -4,6 +4,7 @@ Reads and writes nothing. Units are the simulator's: of length Box2D's metre, of
 radians.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP, TRACK_WIDTH
 
 TILES_AHEAD = 12  # points of the road in a state; the camera shows about 10 of a straight one before the car
 STATE_SIZE = 15 + 2 * TILES_AHEAD
+TILES_SEARCHED = 8, 16  # behind the last nearest one and ahead of it, among which the next is looked for
 
 
 class Road:
@@ -26,30 +28,41 @@ class Road:
 
     def __init__(self, env):
         self.hull, self.track = env.unwrapped.car.hull, np.array(env.unwrapped.track)
+        # the track and its begin once more, so that stretches of tiles are slices
+        self.x, self.y = np.concatenate([self.track, self.track])[:, 2:].T.copy()
         self.tile, self.travelled, self.along, self.short_cuts = None, 0.0, None, 0
         self.look()
 
     def look(self):
         length, before, along_before = len(self.track), self.tile, self.along
-        near = np.arange(length) if before is None else np.arange(before - 8, before + 17) % length
-        position = np.array(self.hull.position)
-        self.tile, distance = self._nearest(near, position)
+        position = self.hull.position
+        self.tile, distance = self._nearest(position, *self._around(before))
         if distance > 2 * TRACK_WIDTH:
-            tile, distance_there = self._nearest(np.arange(length), position)
+            tile, distance_there = self._nearest(position, *self._around(None))
             if distance_there < distance / 2:
                 self.tile, before, self.short_cuts = tile, None, self.short_cuts + 1
-        _, self.heading, x, y = self.track[self.tile]
-        sin, cos = np.sin(self.heading), np.cos(self.heading)
-        self.offset = (position[0] - x) * cos + (position[1] - y) * sin
-        self.along = (-(position[0] - x) * sin + (position[1] - y) * cos) / TRACK_DETAIL_STEP
+        _, self.heading, x, y = self.track[self.tile].tolist()
+        sin, cos = math.sin(self.heading), math.cos(self.heading)
+        self.offset = (position.x - x) * cos + (position.y - y) * sin
+        self.along = (-(position.x - x) * sin + (position.y - y) * cos) / TRACK_DETAIL_STEP
         if before is not None:
             tiles = (self.tile - before + length // 2) % length - length // 2
             self.travelled += tiles + self.along - along_before
 
-    def _nearest(self, tiles, position):
-        """Which of these tiles is the nearest, and how far away its middle is."""
-        distances = np.linalg.norm(self.track[tiles, 2:] - position, axis=1)
-        return int(tiles[distances.argmin()]), distances.min()
+    def _around(self, tile):
+        """The first and the last but one of the tiles around `tile`, or of all."""
+        if tile is None:
+            return 0, len(self.track)
+        behind, ahead = TILES_SEARCHED
+        first = (tile - behind) % len(self.track)
+        return first, first + behind + 1 + ahead
+
+    def _nearest(self, position, first, end):
+        """Which of the tiles `first` to `end` - 1 is the nearest, and how far away its middle is."""
+        right, up = self.x[first:end] - position.x, self.y[first:end] - position.y
+        squares = right * right + up * up
+        nearest = int(squares.argmin())
+        return (first + nearest) % len(self.track), math.sqrt(squares[nearest])
 
 
 class State(NamedTuple):
@@ -74,26 +87,24 @@ def encode_state(env):
     outside.
     """
     car, road = env.unwrapped.car, env.get_wrapper_attr("road")
-    hull = car.hull
-    sin, cos = np.sin(hull.angle), np.cos(hull.angle)
-    to_car = np.array([[cos, -sin], [sin, cos]])  # columns: the car's right and forward
-    ahead = (road.tile + 1 + np.arange(TILES_AHEAD)) % len(road.track)
-    right, forward = np.array(hull.linearVelocity) @ to_car
-    return np.array(
-        [
-            forward / 50,
-            right / 20,
-            hull.angularVelocity / 3,
-            car.wheels[0].joint.angle / 0.4,
-            *(wheel.omega / 100 for wheel in car.wheels),
-            *(bool(wheel.tiles) for wheel in car.wheels),
-            road.offset / TRACK_WIDTH,
-            np.sin(road.heading - hull.angle),
-            np.cos(road.heading - hull.angle),
-            *((road.track[ahead, 2:] - np.array(hull.position)) @ to_car / 20).ravel(),
-        ],
-        dtype=np.float32,
+    hull, angle, velocity, position = car.hull, car.hull.angle, car.hull.linearVelocity, car.hull.position
+    sin, cos = math.sin(angle), math.cos(angle)  # the car's right is (cos, sin), its forward (-sin, cos)
+    ahead = slice(road.tile + 1, road.tile + 1 + TILES_AHEAD)
+    x, y = road.x[ahead] - position.x, road.y[ahead] - position.y
+    state = np.empty(STATE_SIZE, np.float32)
+    state[:15] = (
+        (velocity.y * cos - velocity.x * sin) / 50,
+        (velocity.x * cos + velocity.y * sin) / 20,
+        hull.angularVelocity / 3,
+        car.wheels[0].joint.angle / 0.4,
+        *(wheel.omega / 100 for wheel in car.wheels),
+        *(bool(wheel.tiles) for wheel in car.wheels),
+        road.offset / TRACK_WIDTH,
+        math.sin(road.heading - angle),
+        math.cos(road.heading - angle),
     )
+    state[15::2], state[16::2] = (x * cos + y * sin) / 20, (y * cos - x * sin) / 20
+    return state
 
 
 def read_state(states):

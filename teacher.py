@@ -8,9 +8,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from car_racing_env import FRAME_SKIP, make_env
+from car_racing_env import BRAKE, FRAME_SKIP, GAS, LEFT, RIGHT, make_env
 from road import STATE_SIZE, encode_state, read_state
 from support.checks import BadInput, read_weights
 from support.run_files import ROOT
@@ -53,15 +52,50 @@ def mlp(inputs, outputs):
     )
 
 
+def governors(state_and_target):
+    """What is added to the net's logits, float32 (B, 5): numpy, as torch takes five times as long for a single car.
+
+    Under a target speed it is brake and no gas when too fast or told to stand, gas when too slow. A policy that races
+    already takes millions of decisions to find out that it could be slow. Told no speed the car is held to RACE_LIMIT,
+    told a side to CRUISE; it is given gas when it stands, and does not brake while it faces the wrong way: it would
+    stand there for good, steering. Told a side it is steered at a point of it two to three tiles ahead (`pursuit`): the
+    net alone swings around the middle of the road, within a third of its width three quarters of the time.
+    """
+    car, target = read_state(state_and_target), state_and_target[:, STATE_SIZE:]
+    has_speed, speed, stop, has_side, side = target.T  # as Target.encode says
+    limit = np.where(has_speed > 0, SPEED_SCALE * speed, np.where(has_side > 0, CRUISE, RACE_LIMIT))
+    excess = car.forward - limit
+    push = -np.tanh(0.4 * excess) * (1 - stop)
+    push = np.where(has_speed > 0, push, np.minimum(push, 0))  # told no speed it is held back only, not driven
+    lost = (car.cos_heading < BACKWARDS) * (1 - has_speed)
+    stands = (np.hypot(car.forward, car.right) < CRAWL) * (1 - has_speed)
+    too_fast = np.maximum(np.tanh(0.4 * (excess - TOLERATED)), 0) * (1 - stop) + stop
+    added = np.zeros((len(target), 5), np.float32)
+    added[:, RIGHT] = SIDE_GOVERNOR * has_side * pursuit(car, SIDE * side) * (car.forward > CRAWL)
+    added[:, LEFT] = -added[:, RIGHT]
+    added[:, GAS] = GAS_GOVERNOR * (push + stands) - BRAKE_GOVERNOR * stop
+    added[:, BRAKE] = BRAKE_GOVERNOR * too_fast - GAS_GOVERNOR * lost
+    return added
+
+
+def pursuit(car, side):
+    """How much further right the cars should turn to drive at the offsets `side` (B,), from -1 to 1: (B,).
+
+    Pure pursuit (Coulter 1992, CMU-RI-TR-92-01).
+    """
+    (near_right, near_forward), (far_right, far_forward) = car.ahead[:, 1].T, car.ahead[:, 2].T
+    right, forward = far_right - near_right, far_forward - near_forward
+    scale = side / np.hypot(right, forward)
+    aim_right = (near_right + far_right) / 2 + forward * scale
+    aim_forward = (near_forward + far_forward) / 2 - right * scale
+    angle = np.arctan2(aim_right, np.maximum(aim_forward, 0.5))
+    return np.tanh(SHARPNESS * (angle + DAMPING * car.yaw_rate))
+
+
 class Teacher(nn.Module):
     """An MLP from state and target (B, STATE_SIZE + TARGET_SIZE) to logits of the simulator's actions (B, 5).
 
-    Under a target speed a governor adds to them: brake and no gas when too fast or told to stand, gas when too slow. A
-    policy that races already takes millions of decisions to find out that it could be slow. Told no speed it is held to
-    RACE_LIMIT, told a side to CRUISE; it gives gas when it stands, and does not brake while it faces the wrong way: it
-    would stand there for good, steering. Told a side another governor steers at a point of it two to three tiles ahead
-    (pure pursuit, Coulter 1992, CMU-RI-TR-92-01): the net alone swings around the middle of the road, within a third of
-    its width three quarters of the time.
+    `governors` add to them.
     """
 
     def __init__(self):
@@ -69,29 +103,7 @@ class Teacher(nn.Module):
         self.net = mlp(STATE_SIZE + TARGET_SIZE, 5)
 
     def forward(self, state_and_target):
-        car, target = read_state(state_and_target), state_and_target[:, STATE_SIZE:]
-        has_speed, speed, stop, has_side, side = target.T  # as Target.encode says
-        limit = torch.where(has_speed > 0, SPEED_SCALE * speed, torch.where(has_side > 0, CRUISE, RACE_LIMIT))
-        excess = car.forward - limit
-        push = -torch.tanh(0.4 * excess) * (1 - stop)
-        push = torch.where(has_speed > 0, push, push.clamp(max=0))  # told no speed it is held back only, not driven
-        lost = (car.cos_heading < BACKWARDS) * (1 - has_speed)
-        stands = (torch.hypot(car.forward, car.right) < CRAWL) * (1 - has_speed)
-        gas = GAS_GOVERNOR * (push + stands) - BRAKE_GOVERNOR * stop
-        too_fast = torch.tanh(0.4 * (excess - TOLERATED)).clamp(min=0) * (1 - stop) + stop
-        brake = BRAKE_GOVERNOR * too_fast - GAS_GOVERNOR * lost
-        right = SIDE_GOVERNOR * has_side * self.pursuit(car, SIDE * side) * (car.forward > CRAWL)
-        zero = torch.zeros_like(right)
-        return self.net(state_and_target) + torch.stack([zero, right, -right, gas, brake], 1)
-
-    def pursuit(self, car, side):
-        """How much further right the car should turn to drive at the offset `side` (B,), from -1 to 1: (B,)."""
-        near, far = car.ahead[:, 1], car.ahead[:, 2]
-        along = F.normalize(far - near, dim=1)
-        to_the_right = torch.stack([along[:, 1], -along[:, 0]], 1) * side[:, None]
-        right, forward = ((near + far) / 2 + to_the_right).unbind(1)
-        angle = torch.atan2(right, forward.clamp(min=0.5))
-        return torch.tanh(SHARPNESS * (angle + DAMPING * car.yaw_rate))
+        return self.net(state_and_target) + torch.from_numpy(governors(state_and_target.numpy()))
 
     @torch.no_grad()
     def act(self, states, targets=RACE):
@@ -100,9 +112,9 @@ class Teacher(nn.Module):
         `targets` is one `Target` for all, or a list with one for each; a single state is repeated for them.
         """
         targets = [targets] * len(states) if isinstance(targets, Target) else targets
-        encoded = np.stack([target.encode() for target in targets])
-        states = np.broadcast_to(states, (len(encoded), states.shape[1]))
-        return self(torch.from_numpy(np.concatenate([states, encoded], 1))).argmax(1).numpy()
+        inputs = np.empty((len(targets), STATE_SIZE + TARGET_SIZE), np.float32)
+        inputs[:, :STATE_SIZE], inputs[:, STATE_SIZE:] = states, [target.encode() for target in targets]
+        return self(torch.from_numpy(inputs)).argmax(1).numpy()
 
 
 def load_teacher(path=TEACHER):

@@ -11,6 +11,7 @@ from gymnasium.envs.box2d import car_racing as stock
 from pygame.surfarray import pixels2d
 from pygame.transform import smoothscale
 
+from fast.car import FastCar
 from fast.rasterizer import draw_polygons
 
 BAR = stock.WINDOW_H // 8  # rows of the window that the instruments cover
@@ -59,6 +60,11 @@ class FastCarRacing(stock.CarRacing):
         self.state = self._render("state_pixels")
         self.reward, self.drawing = reward, drawing
         return self.state
+
+    def step(self, action):
+        self.car.__class__ = FastCar  # the stock class, which makes the car, names its own
+        # all that the car computes from one of numpy's integers would be numpy's, too
+        return super().step(int(action) if isinstance(action, np.integer) else action)
 
     def close(self):
         """Also destroy the bodies: Box2D holds on to Python objects in them, which would outlive the world."""

@@ -145,18 +145,19 @@ def rollout(seed, num_envs, num_steps, weights, difficulty, remaining):
     actor.load_state_dict(weights[0])
     critic.load_state_dict(weights[1])
     names = ("log_prob", "value", "reward", "terminated", "done", "next_value")
-    data = {name: torch.zeros(num_steps, num_envs) for name in names}
-    data |= {"state": torch.zeros(num_steps, *states.shape)}
-    data |= {"action": torch.zeros(num_steps, num_envs, dtype=torch.int64)}
+    data = {name: np.zeros((num_steps, num_envs), np.float32) for name in names}
+    data |= {"state": np.zeros((num_steps, *states.shape), np.float32)}
+    data |= {"action": np.zeros((num_steps, num_envs), np.int64)}
     episodes = []
     for t in range(num_steps):
-        state = torch.from_numpy(states.copy())
+        data["state"][t] = states
+        state = torch.from_numpy(data["state"][t])
         log_probs = actor(state[:, :ACTOR_SIZE]).log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)
-        data["state"][t], data["action"][t], data["value"][t] = state, action[:, 0], critic(state)
+        data["action"][t], data["value"][t] = action[:, 0], critic(state)
         data["log_prob"][t] = log_probs.gather(1, action)[:, 0]
         for i, env in enumerate(envs):
-            _, reward, terminated, truncated, info = env.step(int(action[i]))
+            _, reward, terminated, truncated, info = env.step(int(data["action"][t, i]))
             states[i] = critic_state(env, info)
             data["reward"][t, i], data["terminated"][t, i] = reward, terminated
             if terminated or truncated:
@@ -165,9 +166,9 @@ def rollout(seed, num_envs, num_steps, weights, difficulty, remaining):
                     data["next_value"][t, i] = critic(torch.from_numpy(states[i : i + 1]))[0]
                 episodes.append(info["episode_summary"])
                 states[i] = critic_state(env, env.reset()[1])
-    following = torch.cat([data["value"][1:], critic(torch.from_numpy(states))[None]])
+    following = np.concatenate([data["value"][1:], critic(torch.from_numpy(states))[None]])
     data["next_value"] += (1 - data["done"]) * following
-    return {name: x.numpy() for name, x in data.items()}, episodes
+    return data, episodes
 
 
 @functools.cache
