@@ -72,8 +72,8 @@ EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
 # what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows,
-# and the last bits, which depend on TORCH_THREADS
-MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
+# and how numbers are rounded, which depends on TORCH_THREADS and on whether the processor multiplies bfloat16
+MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "bfloat16", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
 
 
 def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -229,7 +229,7 @@ def compute_loss(model, batch, mean_advantage, warming_up):
 def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
     """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rounding = 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16 rounds by batch size
+    rounding = 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16, in which a LoRA is trained on GPUs alone, rounds by batch size
     totals, steps = {}, 0
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):

@@ -13,7 +13,7 @@ from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP, TRACK_WIDTH
 
 TILES_AHEAD = 12  # points of the road in a state; the camera shows about 10 of a straight one before the car
 STATE_SIZE = 15 + 2 * TILES_AHEAD
-TILES_SEARCHED = 8, 16  # behind the last nearest one and ahead of it, among which the next is looked for
+BEHIND, AHEAD = 8, 16  # tiles on either side of the nearest one, among which the next nearest is looked for
 
 
 class Road:
@@ -28,7 +28,7 @@ class Road:
 
     def __init__(self, env):
         self.hull, self.track = env.unwrapped.car.hull, np.array(env.unwrapped.track)
-        # the track and its begin once more, so that stretches of tiles are slices
+        # twice round, so that any stretch of the track is a slice
         self.x, self.y = np.concatenate([self.track, self.track])[:, 2:].T.copy()
         self.tile, self.travelled, self.along, self.short_cuts = None, 0.0, None, 0
         self.look()
@@ -36,9 +36,10 @@ class Road:
     def look(self):
         length, before, along_before = len(self.track), self.tile, self.along
         position = self.hull.position
-        self.tile, distance = self._nearest(position, *self._around(before))
+        around = (0, length) if before is None else ((before - BEHIND) % length, BEHIND + 1 + AHEAD)
+        self.tile, distance = self._nearest(position, *around)
         if distance > 2 * TRACK_WIDTH:
-            tile, distance_there = self._nearest(position, *self._around(None))
+            tile, distance_there = self._nearest(position, 0, length)
             if distance_there < distance / 2:
                 self.tile, before, self.short_cuts = tile, None, self.short_cuts + 1
         _, self.heading, x, y = self.track[self.tile].tolist()
@@ -49,18 +50,11 @@ class Road:
             tiles = (self.tile - before + length // 2) % length - length // 2
             self.travelled += tiles + self.along - along_before
 
-    def _around(self, tile):
-        """The first and the last but one of the tiles around `tile`, or of all."""
-        if tile is None:
-            return 0, len(self.track)
-        behind, ahead = TILES_SEARCHED
-        first = (tile - behind) % len(self.track)
-        return first, first + behind + 1 + ahead
-
-    def _nearest(self, position, first, end):
-        """Which of the tiles `first` to `end` - 1 is the nearest, and how far away its middle is."""
-        right, up = self.x[first:end] - position.x, self.y[first:end] - position.y
-        squares = right * right + up * up
+    def _nearest(self, position, first, count):
+        """Which of `count` tiles from `first` on is the nearest, and how far away its middle is."""
+        tiles = slice(first, first + count)
+        x, y = self.x[tiles] - position.x, self.y[tiles] - position.y
+        squares = x * x + y * y
         nearest = int(squares.argmin())
         return (first + nearest) % len(self.track), math.sqrt(squares[nearest])
 

@@ -85,7 +85,7 @@ def pursuit(car, side):
     """
     (near_right, near_forward), (far_right, far_forward) = car.ahead[:, 1].T, car.ahead[:, 2].T
     right, forward = far_right - near_right, far_forward - near_forward
-    scale = side / np.hypot(right, forward)
+    scale = side / np.maximum(np.hypot(right, forward), 1e-6)
     aim_right = (near_right + far_right) / 2 + forward * scale
     aim_forward = (near_forward + far_forward) / 2 - right * scale
     angle = np.arctan2(aim_right, np.maximum(aim_forward, 0.5))

@@ -1,5 +1,7 @@
 """What do words add? The same captions, epochs, PPO and tracks without them, three seeds each.
 
+Words and classes have a fourth (`SEEDS = range(4)` for these `ARMS`).
+
 Each run trains all weights of a model on the captions of stage 1, lets it drive, gives it to the default PPO and lets
 its policy drive:
 

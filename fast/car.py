@@ -41,8 +41,8 @@ class FastCar(car_dynamics.Car):
             wheel.phase += omega * dt
 
             # the wheel pushes against the difference of its speed and the road's, as far as friction lets it
-            forward, side, velocity = wheel.GetWorldVector((0, 1)), wheel.GetWorldVector((1, 0)), wheel.linearVelocity
-            (fx, fy), (sx, sy), (vx, vy) = forward, side, velocity
+            (fx, fy), (sx, sy) = wheel.GetWorldVector((0, 1)), wheel.GetWorldVector((1, 0))  # its forward and its side
+            vx, vy = wheel.linearVelocity
             along = (-(fx * vx + fy * vy) + omega * wheel.wheel_rad) * STIFFNESS
             across = -(sx * vx + sy * vy) * STIFFNESS
             force = math.sqrt(along * along + across * across)

@@ -21,7 +21,8 @@ TEXT_GROUPS = 8  # into which a batch of texts is sorted by length; one of 18 to
 # On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on
 # AMD. torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-BFLOAT16 = ONEDNN and torch.cpu.get_capabilities().get("avx512_bf16", False)  # it multiplies bfloat16 twice as fast
+# CPUs that multiply bfloat16 do it twice as fast; where this is False they train and act in float32
+BFLOAT16 = ONEDNN and torch.cpu.get_capabilities().get("avx512_bf16", False)
 ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
 
 
@@ -128,9 +129,9 @@ def collect(git, image_processor):
 def prepare(git, image_processor, onednn=ONEDNN):
     """`Weights` of a model that is not trained, its matrices in oneDNN's own order where that is faster.
 
-    In bfloat16 where the CPU multiplies it, but for the pixels' and the words': a state of git-tiny, of up to 3, then
-    differs by up to 0.03, a probability of the five answers by 0.01. Some are copies, some the model's own: prepare
-    them again whenever it has changed.
+    In bfloat16 where the CPU multiplies it, but for the pixels' and the words'; attention, too, stays in float32. A
+    state of git-tiny, of up to 3, then differs by up to 0.03, a probability of the five actions by 0.01. Some are
+    copies, some the model's own: prepare them again whenever it has changed.
     """
     with torch.no_grad():
         weights = collect(git, image_processor)
@@ -138,7 +139,7 @@ def prepare(git, image_processor, onednn=ONEDNN):
             return weights
 
         def pack(matrix, dtype=torch.bfloat16 if BFLOAT16 else torch.float32):
-            weight, bias = (None if x is None else x.to(dtype) for x in matrix)
+            weight, bias = (x.to(dtype) for x in matrix)
             return torch.ops.mkldnn._reorder_linear_weight(weight), bias
 
         def pack_layer(layer):
@@ -171,8 +172,8 @@ def project_qkv(x, weights, count):
 
 def attend(query, key, value, mask=None):
     """Attention, the heads side by side again: (B, T, D)."""
-    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"  # where it is fused
-    if slow and torch.is_grad_enabled():  # a training step takes twice as long fused
+    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"  # fused
+    if slow and query.requires_grad:  # a training step would take twice as long
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(-1) @ value
