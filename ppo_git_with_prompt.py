@@ -229,7 +229,8 @@ def compute_loss(model, batch, mean_advantage, warming_up):
 def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
     """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rounding = 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16, in which a LoRA is trained on GPUs alone, rounds by batch size
+    # a LoRA is trained in bfloat16 on GPUs alone, and that rounds by batch size
+    rounding = 1e-6 if model.device.type == "cpu" else 1e-3
     totals, steps = {}, 0
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):

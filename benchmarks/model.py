@@ -1,8 +1,8 @@
 """The model's path against what a tutorial writes with transformers: processor per frame, `GitForCausalLM`, `generate`.
 
 Reads offline/git-tiny, the adapter and CarRacing-Data/. Writes its claims to benchmarks/results.json. git-base size
-means `GitConfig()` with random weights. The passes are compared in float32, as the tutorial's, and their outputs checked
-to be equal before they are timed; what bfloat16 adds to acting is a row of its own, LoRA trains in it.
+means `GitConfig()` with random weights. The passes are compared in float32, as the tutorial's, and their outputs
+checked to be equal before they are timed; what bfloat16 adds to acting is a row of its own, LoRA trains in it.
 
     python -m benchmarks.model      # 5 minutes
 """
