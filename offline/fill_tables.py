@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from benchmarks import ablations, controls, obedience, runs, seeds
+from benchmarks import ablations, controls, from_nothing, obedience, runs, seeds
 from offline.publish import ROUNDS
 from support import checks, run_files
 from support.checks import read_json
@@ -200,19 +200,21 @@ def fill_rounds(text):
 
 
 def fill_from_nothing(text):
-    """Minutes of each script, what its policy scores and, where it can be told something, obeys."""
+    """Minutes of each script, what its policy scores and, where that was measured, obeys."""
     folder = PUBLISHED / "from_nothing"
-    made = [read_json(folder / f"{name}.json") for name in ("cb1ac85", "today")]
-    drives, groups = read_json(folder / "obedience.json")["policy"]["rows"], {x: y for y, x in obedience.GROUPS.items()}
+    made = [read_json(folder / f"{name}.json") for name in ("cb1ac85", "today", "amd_cb1ac85", "amd_0efb9bf")]
+    drives = read_json(folder / "amd_obedience.json")["policy"]["rows"]
+    groups = {x: y for y, x in obedience.GROUPS.items()}
 
     def cells(name):
-        if name in made[0]["seconds"]:
-            return [f"{x['seconds'][name] / 60:.1f}" for x in made]
+        if name in from_nothing.SCRIPTS:
+            return [f"{x['seconds'][name] / 60:.1f}" if name in x["seconds"] else "" for x in made]
         if name in groups:
-            return ["", percent(np.mean([x["obeyed"] for x in drives if x["group"] == groups[name]]))]
-        if name == "all, minutes":
-            return [f"{x['minutes']:.1f}" for x in made]
-        return ["{}, laps {laps_finished_percent:.0f} %, min {min:.0f}".format(score(x), **x) for x in made]
+            return ["", "", "", percent(np.mean([x["obeyed"] for x in drives if x["group"] == groups[name]]))]
+        if name == "all but evaluate":
+            return [f"{sum(x['seconds'][script] for script in from_nothing.SCRIPTS[:-1]) / 60:.1f}" for x in made]
+        text = "{}, laps {laps_finished_percent:.0f} %, min {min:.0f}"
+        return [text.format(score(x), **x) if "mean" in x else "" for x in made]
 
     return fill("| from nothing |", cells, text)
 
