@@ -41,8 +41,7 @@ PRIOR_FLOOR = 0.02  # share of the prior spread over all answers, so that every 
 HEAD_SIZE = 256  # the head's expanded hidden layer
 DROPOUT = 0.1  # in the policy head, while training only
 MAX_ANSWER_TOKENS = 16  # of a sentence about the scene; the answers have at most two
-DEVICE = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one. The frozen backbone runs in bfloat16 on CUDA and
-# on CPUs that multiply it, unless BFLOAT16 in fast/git_forward.py is False
+DEVICE = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one; on CUDA the backbone runs in bfloat16
 
 HEAD_FACTS = ("language_prior", "prior_floor", "head_size")  # what a saved policy says of its head
 # every linear layer of decoder, image encoder and projection, by full name: PEFT takes a pattern or a list of endings

@@ -22,10 +22,8 @@ import torch
 from tqdm import tqdm
 
 import film
-import GitText2ActionWithPrompt as model_file
 import instructions
 from car_racing_env import ENV_ID, FRAME_SKIP, NO_OP, episode_end
-from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
 from phrasings import COMBINATIONS, HELD_OUT_COMBINATIONS, INSTRUCTIONS
 from support import checks, processes, run_files
@@ -231,8 +229,6 @@ def describe(name, tracks):
         facts["folder"] = str(weights.parent)
         if (ROOT / weights).exists():
             facts["weights_hash"] = run_files.file_hash(ROOT / weights)
-    if name in ("answers", "policy"):
-        facts["bfloat16"] = git_forward.multiplies_bfloat16(model_file.device())
     return facts | run_files.run_facts()
 
 

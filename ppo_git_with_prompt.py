@@ -30,7 +30,6 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 from car_racing_env import FRAME_SKIP
-from fast import git_forward
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, processes, run_files
 
@@ -72,8 +71,8 @@ EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
 VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
 # what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows,
-# and how numbers are rounded, which depends on TORCH_THREADS and on whether the processor multiplies bfloat16
-MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "bfloat16", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
+# and the last bits, which depend on TORCH_THREADS
+MAY_CHANGE = {"RESUME", "RESULTS_DIR", "TORCH_THREADS", "TOTAL_UPDATES", "EVALUATIONS", "VIDEO_EVERY"}
 
 
 def compute_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -229,8 +228,7 @@ def compute_loss(model, batch, mean_advantage, warming_up):
 def update(model, optimizer, batch, accelerator, k_epochs=K_EPOCHS, warming_up=False):
     """`k_epochs` over one batch of decisions; returns mean diagnostics. While warming up only the value head learns."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # a LoRA is trained in bfloat16 on GPUs alone, and that rounds by batch size
-    rounding = 1e-6 if model.device.type == "cpu" else 1e-3
+    rounding = 1e-6 if model.device.type == "cpu" else 1e-3  # bfloat16 rounds by batch size
     totals, steps = {}, 0
     for _ in range(k_epochs):
         for rows in torch.randperm(len(batch["action"])).split(MINIBATCH_SIZE):
@@ -340,7 +338,6 @@ def main():
                 each.add_lora(LORA_RANK, LORA_ALPHA)
         torch.manual_seed(SEED + rank)  # every process has the same heads, and acts by draws of its own
         facts = {"processes": world_size, "device": model.device.type, "instructions": instructions.digest()}
-        facts["bfloat16"] = git_forward.multiplies_bfloat16(model.device)
         modules = (model_file, car_racing_env, perturbations)
         run = run_files.describe_run(globals(), *map(vars, modules), **facts | model.source)
         driver = evaluate.Policy(averaged)

@@ -51,11 +51,8 @@ def milliseconds(work, repeats=REPEATS):
 
 
 def multiplications_per_second():
-    """Floating-point operations a second of the faster of torch's two ways to multiply large matrices.
-
-    In bfloat16 where the policy acts in it, though its attention, pixels and words are in float32 all the same.
-    """
-    a, b = torch.rand(2, MATRIX, MATRIX).to(torch.bfloat16 if git_forward.BFLOAT16 else torch.float32)
+    """Floating-point operations a second of the faster of torch's two ways to multiply large float32 matrices."""
+    a, b = torch.rand(2, MATRIX, MATRIX)
     ways = [lambda: a @ b]
     if git_forward.ONEDNN:
         packed = torch.ops.mkldnn._reorder_linear_weight(b)
@@ -80,7 +77,7 @@ def measure_model():
             "gflop_per_frame": round(operations / 1e9, 3), "ms": round(taken, 3), "limit_ms": round(limit, 3),
             "times_the_limit": round(taken / limit, 2),
         }  # fmt: skip
-    return rows | {"gflop_per_second": round(rate / 1e9), "bfloat16": git_forward.BFLOAT16}
+    return rows | {"gflop_per_second": round(rate / 1e9)}
 
 
 def measure_frames():

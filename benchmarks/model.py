@@ -1,8 +1,7 @@
 """The model's path against what a tutorial writes with transformers: processor per frame, `GitForCausalLM`, `generate`.
 
 Reads offline/git-tiny, the adapter and CarRacing-Data/. Writes its claims to benchmarks/results.json. git-base size
-means `GitConfig()` with random weights. The passes are compared in float32, as the tutorial's, and their outputs
-checked to be equal before they are timed; what bfloat16 adds to acting is a row of its own, LoRA trains in it.
+means `GitConfig()` with random weights. Outputs are checked to be equal before they are timed.
 
     python -m benchmarks.model      # 5 minutes
 """
@@ -29,7 +28,6 @@ from support.run_files import ROOT
 BATCHES = (8, 1)
 LORA_BATCH = 32
 SAMPLE = 180  # frames, as many as are in git
-BFLOAT16 = git_forward.BFLOAT16  # whether stage 2 trains and the policy acts in it on this processor
 
 
 def load_frames(count):
@@ -137,7 +135,7 @@ def make_trainer(captions, ours):
         per_device_train_batch_size=LORA_BATCH,
         learning_rate=stage2.LEARNING_RATE,
         use_cpu=True,
-        bf16=ours and BFLOAT16,
+        bf16=ours and git_forward.BFLOAT16,  # as in stage 2
         remove_unused_columns=False,
         report_to="none",
         save_strategy="no",
@@ -172,21 +170,6 @@ def compare_tiny():
 
 
 @torch.no_grad()
-def compare_bfloat16():
-    """The policy as it acts on this processor against itself in float32."""
-    exact = GitText2ActionWithPrompt.from_pretrained(evaluate.MODEL)
-    git_forward.BFLOAT16 = True
-    rounded = GitText2ActionWithPrompt.from_pretrained(evaluate.MODEL)
-    git_forward.BFLOAT16 = False
-    for batch in BATCHES:
-        frames = load_frames(batch)
-        peer, ours = (repeat(80 // batch, frames, model, frames) for model in (exact, rounded))
-        difference = (exact.encode(frames)[1].exp() - rounded.encode(frames)[1].exp()).abs().max().item()
-        name = f"policy forward, git-tiny, batch {batch}: bfloat16 vs float32"
-        compare.alternate(name, "frame", peer, ours, largest_difference_of_a_probability=difference)
-
-
-@torch.no_grad()
 def compare_base_size():
     """A model of git-base's size: at its own 224 pixels, and ours at the simulator's 96."""
     _, processor = checkpoints.load_base(stage2.BASE_MODEL)
@@ -207,10 +190,7 @@ def compare_base_size():
 
 
 def main():
-    git_forward.BFLOAT16 = False
     compare_tiny()
-    if BFLOAT16:
-        compare_bfloat16()
     compare_lora_epoch()
     compare_base_size()
 

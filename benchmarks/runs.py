@@ -13,11 +13,9 @@ import instructions
 import perturbations
 import ppo_git_with_prompt as ppo
 from car_racing_env import FRAME_SKIP
-from fast import git_forward
 from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
-LOADED["bfloat16"] = git_forward.multiplies_bfloat16(model_file.device())
 MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
 # paths, and which other runs there are
 MAY_CHANGE = ppo.MAY_CHANGE - {"TOTAL_UPDATES", "EVALUATIONS"} | {"ARMS", "IN_WORDS", "TOLD", "SEEDS"}

@@ -2,9 +2,9 @@
 
 Several texts on one image share its rows. `collect` takes the weights out of a `GitForCausalLM`: query, key and value
 as one matrix, the pixels' normalisation inside the patch embedding, a LoRA added to its layer. `prepare` does it once
-for a model that is not trained and, on CPUs with AVX-512, brings the matrices into oneDNN's own order, in bfloat16 if
-they multiply it. The pass is made of pure functions of these weights and their inputs, and gradients flow through them.
-In float32 states, scores and gradients equal Hugging Face's (tests/test_GitText2ActionWithPrompt.py).
+for a model that is not trained and, on CPUs with AVX-512, brings the matrices into oneDNN's own order. The pass is made
+of pure functions of these weights and their inputs, and gradients flow through them. States, scores and gradients equal
+Hugging Face's (tests/test_GitText2ActionWithPrompt.py).
 """
 
 import functools
@@ -21,8 +21,7 @@ TEXT_GROUPS = 8  # into which a batch of texts is sorted by length; one of 18 to
 # On CPUs with AVX-512 oneDNN multiplies float32 up to 2.5 times as fast as torch's default, MKL, which takes AVX2 on
 # AMD. torch has no public name for these two operators; elsewhere the public `F.linear` does the same.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-# CPUs that multiply bfloat16 do it twice as fast; where this is False they train and act in float32
-BFLOAT16 = ONEDNN and torch.cpu.get_capabilities().get("avx512_bf16", False)
+BFLOAT16 = ONEDNN and torch.cpu.get_capabilities().get("avx512_bf16", False)  # it multiplies bfloat16 twice as fast
 ONEDNN_ACTIVATIONS = {None: ("none", [], ""), F.silu: ("swish", [], ""), F.gelu: ("gelu", [], "none")}
 
 
@@ -129,28 +128,25 @@ def collect(git, image_processor):
 def prepare(git, image_processor, onednn=ONEDNN):
     """`Weights` of a model that is not trained, its matrices in oneDNN's own order where that is faster.
 
-    In bfloat16 where the CPU multiplies it, but for the pixels' and the words'; attention, too, stays in float32. A
-    state of git-tiny, of up to 3, then differs by up to 0.03, a probability of the five actions by 0.01. Some are
-    copies, some the model's own: prepare them again whenever it has changed.
+    Some are copies, some the model's own: prepare them again whenever it has changed.
     """
     with torch.no_grad():
         weights = collect(git, image_processor)
         if not (onednn and weights.patch_positions.device.type == "cpu"):
             return weights
 
-        def pack(matrix, dtype=torch.bfloat16 if BFLOAT16 else torch.float32):
-            weight, bias = (x.to(dtype) for x in matrix)
-            return torch.ops.mkldnn._reorder_linear_weight(weight), bias
+        def pack(matrix):
+            return torch.ops.mkldnn._reorder_linear_weight(matrix[0]), matrix[1]
 
         def pack_layer(layer):
             return layer._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
 
         return weights._replace(
-            patch_embedding=pack(weights.patch_embedding, torch.float32),  # pixels that are not centred lose digits
+            patch_embedding=pack(weights.patch_embedding),
             vision=[pack_layer(layer) for layer in weights.vision],
             projection=pack(weights.projection),
             decoder=[pack_layer(layer) for layer in weights.decoder],
-            lm_head=pack(weights.lm_head, torch.float32),
+            lm_head=pack(weights.lm_head),
         )
 
 
@@ -158,7 +154,7 @@ def linear(x, weight, bias, activation=None):
     """`activation(F.linear(x, weight, bias))`, by oneDNN if `prepare` packed the weight for it."""
     if weight.is_mkldnn:
         fused = activation if activation in ONEDNN_ACTIVATIONS else None
-        x = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, *ONEDNN_ACTIVATIONS[fused])
+        x = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ONEDNN_ACTIVATIONS[fused])
         activation = None if fused else activation
     else:
         x = F.linear(x, weight, bias)
@@ -172,13 +168,11 @@ def project_qkv(x, weights, count):
 
 def attend(query, key, value, mask=None):
     """Attention, the heads side by side again: (B, T, D)."""
-    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"  # fused
-    if slow and query.requires_grad:  # a training step would take twice as long
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":  # fused, a training step takes twice as long
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(-1) @ value
     else:
-        query, key, value = (x.float() if slow else x for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return mixed.transpose(1, 2).flatten(2)
 

@@ -14,12 +14,9 @@ os.environ |= {"OMP_WAIT_POLICY": "passive"}  # beside other work threads that s
 import pytest
 import torch
 
-from fast import git_forward
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from offline import make_git_tiny
 from support.run_files import ROOT
-
-git_forward.BFLOAT16 = False  # the same numbers on every processor
 
 TOY_SHAPE = dict(PATCH_SIZE=24, WIDTH=32, VISION_LAYERS=1, TEXT_LAYERS=2, HEADS=2)
 COLLECT, STAGE2, PPO = "collect_captions", "train_git_lora_carllava_style", "ppo_git_with_prompt"

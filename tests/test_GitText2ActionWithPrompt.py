@@ -10,7 +10,6 @@ from fast import git_forward
 from GitText2ActionWithPrompt import LORA_TARGETS, PROMPT, GitText2ActionWithPrompt, prompt_ids, unknown_words
 from instructions import taught_sentences
 
-BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 ONEDNN = pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here"))
 
 
@@ -54,19 +53,6 @@ def test_the_pass_is_hugging_faces(onednn, random_model, frames):
             words = git(**asked | {"input_ids": whole}).logits[0, -len(answer) - 1 :].log_softmax(-1)
             expected.append(sum(words[j, word] for j, word in enumerate(answer)))
         assert torch.allclose(scores, torch.stack(expected).log_softmax(0), atol=1e-4)
-
-
-@pytest.mark.skipif(not (git_forward.ONEDNN and BFLOAT16), reason="this processor multiplies no bfloat16")
-def test_acting_in_bfloat16_rounds(random_model, frames, monkeypatch):
-    """States to two digits; words are generated as well."""
-    told = ["", "Keep left.", "Please drive at speed thirty-five."]
-    exact = random_model.encode(frames, told)
-    monkeypatch.setattr(git_forward, "BFLOAT16", True)
-    random_model.prepare()
-    assert random_model.weights.decoder[0].qkv[0].dtype == torch.bfloat16
-    for ours, theirs in zip(random_model.encode(frames, told), exact):
-        assert ours.dtype == torch.float32 and 0 < (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
-    assert len(random_model.ask(frames, PROMPT)) == 3
 
 
 @pytest.mark.parametrize("lora", [False, True])
