@@ -53,7 +53,7 @@ def mlp(inputs, outputs):
 
 
 def governors(state_and_target):
-    """What is added to the net's logits, float32 (B, 5): numpy, as torch takes five times as long for a single car.
+    """What is added to the net's logits, float32 (B, 5): numpy, as torch takes several times as long for one car.
 
     Under a target speed it is brake and no gas when too fast or told to stand, gas when too slow. A policy that races
     already takes millions of decisions to find out that it could be slow. Told no speed the car is held to RACE_LIMIT,
