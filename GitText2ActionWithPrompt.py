@@ -33,7 +33,7 @@ from support.checks import BadInput, check_same, read_json, read_weights
 from support.run_files import ROOT, write_file, write_json
 
 PROMPT = "What should the vehicle do in this scenario?"
-# in logit order, each with the simulator's action; each is one word of the base, or two with the same first one
+# in logit order, each with the simulator's action; one token of the base, or two whose first is the same in all such
 ANSWERS = {"Coast": NO_OP, "Accelerate": GAS, "Turn left": LEFT, "Turn right": RIGHT, "Brake": BRAKE}
 
 LANGUAGE_PRIOR = 1.0  # weight of the answers' log-probabilities in the action logits; 0 is a plain policy head
@@ -113,9 +113,13 @@ def ending_ids(tokenizer, answer):
 
 
 def unknown_words(tokenizer, text):
-    """Which words of a text the base has no token for, or reads letter by letter: a list."""
+    """Which words of a text the base has no token for, or spells in part: a list."""
     cut = {word: tokenizer.tokenize(word) for word in re.findall(r"\w+", questions.spelled(text.lower()))}
-    return [word for word, read in cut.items() if tokenizer.unk_token in read or len(read) == len(word) > 1]
+    return [
+        word
+        for word, pieces in cut.items()
+        if tokenizer.unk_token in pieces or (len(word) > 1 and min(len(x.removeprefix("##")) for x in pieces) == 1)
+    ]
 
 
 def answer_ids(tokenizer, answers):
@@ -134,8 +138,8 @@ def answer_ids(tokenizer, answers):
 def score_answers(log_probs, answers):
     """Log-probability of each answer, renormalised over all of them: (B, answers).
 
-    `log_probs` (B, 2, vocabulary) are the words' after the prompt, and after the prompt and the shared first word;
-    `answers` are token ids as `answer_ids` returns them.
+    `log_probs` (B, 1 or 2, vocabulary) are those of the word after the prompt and, if answers have two, of that after
+    prompt and shared first word; `answers` are token ids as `answer_ids` returns them.
     """
     scores = [sum(log_probs[:, i, word] for i, word in enumerate(ids)) for ids in answers]
     return torch.stack(scores, 1).log_softmax(-1)

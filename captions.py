@@ -32,7 +32,7 @@ class Captions(torch.utils.data.Dataset):
                 for row in map(json.loads, metadata.read_text().splitlines()):
                     added = {"file": folder / row["file_name"], "answer": list(ANSWERS).index(row["text"])}
                     self.rows.append({"told": [], "asked": []} | row | added)
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise checks.BadInput(f"{metadata} is damaged ({error!r}): rerun collect_captions.py") from None
 
     def __len__(self):
@@ -40,8 +40,11 @@ class Captions(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         row = self.rows[index]
-        with Image.open(row["file"], formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB")), row
+        try:
+            with Image.open(row["file"], formats=["PNG"]) as image:
+                return np.asarray(image.convert("RGB")), row
+        except OSError as error:
+            raise checks.BadInput(f"no frame in {row['file']} ({error}): rerun collect_captions.py") from None
 
 
 def choice(items):

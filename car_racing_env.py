@@ -115,8 +115,8 @@ class TrainingRewards(gym.Wrapper):
         self.episode_return, self.training_return = 0.0, 0.0
         self.grass_frames, self.furthest_tile, self.missed_tiles, self.grace = 0, 0, 0, 0
         obs, info = self.env.reset(seed=self.track_seed, options=options)
-        self.frames_before, self.travelled, self.faces = self._frames(), 0.0, self._faces_the_road()
-        return obs, info | {"track_seed": self.track_seed}
+        self.travelled, self.faces = 0.0, self._faces_the_road()
+        return obs, info
 
     def step(self, action):
         target = self.get_wrapper_attr("told").target if self.instructed else RACE  # of this decision
@@ -142,7 +142,7 @@ class TrainingRewards(gym.Wrapper):
             info["episode_summary"] = {
                 "return": self.episode_return,
                 "training_return": self.training_return,
-                "length": self._frames() - self.frames_before,
+                "length": round(self.unwrapped.t * FPS) - 1,  # the first is the reset's
                 "end": end,
                 "track_seed": self.track_seed,
                 "told": int(self.instructed),
@@ -183,9 +183,6 @@ class TrainingRewards(gym.Wrapper):
         newly_missed, self.missed_tiles = min(30, missed - self.missed_tiles), missed
         ramp = max(1.0, self.rewards.penalty_ramp * len(base.track))
         return newly_missed, self.grass_frames, min(1.0, base.tile_visited_count / ramp)
-
-    def _frames(self):
-        return round(self.unwrapped.t * FPS)
 
 
 class Instructed(gym.Wrapper):

@@ -14,6 +14,7 @@ about the scene ("asked").
 Then: python train_git_lora_carllava_style.py
 """
 
+import contextlib
 import functools
 import json
 import shutil
@@ -118,39 +119,39 @@ def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_
     random comes from the track seed, so the dataset does not depend on the number of workers.
     """
     teacher, model = load_drivers(policy)
-    env = make_env(track_seed)
     rng = np.random.default_rng([track_seed, 4])
-    base = env.unwrapped
-    _, info = env.reset(seed=track_seed)
-    frames, rows, slow, end = [], [], 0, ""
-    while not end:
-        driving = env.get_wrapper_attr("told")
-        kept = rng.random() < KEEP
-        frame = base.draw() if kept or model else None
-        told = dream(driving, split, rng) if kept else []
-        state, car = info["state"], read_state(info["state"])
-        plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
-        if model:
-            action = decide(model, frame, [driving.sentence])[0]
-            if kept and answer_by == "policy":
-                plain, *dreamed = decide(model, frame, ["", *(x.sentence for x in told)])
-        if kept:
-            number = round(base.t * FPS) - 1
-            row = {"file_name": f"{track_seed:06d}_{number:04d}.png", "text": answer_for(plain, car), "prompt": PROMPT}
-            row |= {"action": int(plain), "track_seed": track_seed, "frame": number}
-            row["told"] = [
-                {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dreamt, car)}
-                for x, dreamt in zip(told, dreamed)
-            ]
-            row["asked"] = questions.draw(rng, questions.describe(car, env.get_wrapper_attr("road")), ASKED)
-            rows.append(row)
-            frames.append(frame)
-        _, _, terminated, truncated, info = env.step(int(action))
-        end = car_racing_env.episode_end(terminated, truncated, info)
-        moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or driving.target.speed == 0
-        slow = 0 if moving else slow + FRAME_SKIP
-        if slow >= STUCK_LIMIT:
-            return [], []
+    with contextlib.closing(make_env(track_seed)) as env:
+        base = env.unwrapped
+        _, info = env.reset(seed=track_seed)
+        frames, rows, slow, end = [], [], 0, ""
+        while not end:
+            driving = env.get_wrapper_attr("told")
+            kept = rng.random() < KEEP
+            frame = base.draw() if kept or model else None
+            told = dream(driving, split, rng) if kept else []
+            state, car = info["state"], read_state(info["state"])
+            plain, action, *dreamed = teacher.act(state[None], [RACE, driving.target, *(x.target for x in told)])
+            if model:
+                action = decide(model, frame, [driving.sentence])[0]
+                if kept and answer_by == "policy":
+                    plain, *dreamed = decide(model, frame, ["", *(x.sentence for x in told)])
+            if kept:
+                number = round(base.t * FPS) - 1
+                row = {"file_name": f"{track_seed:06d}_{number:04d}.png", "text": answer_for(plain, car)}
+                row |= {"prompt": PROMPT, "action": int(plain), "track_seed": track_seed, "frame": number}
+                row["told"] = [
+                    {"instruction": x.name, "split": x.split, "sentence": x.sentence, "text": answer_for(dreamt, car)}
+                    for x, dreamt in zip(told, dreamed)
+                ]
+                row["asked"] = questions.draw(rng, questions.describe(car, env.get_wrapper_attr("road")), ASKED)
+                rows.append(row)
+                frames.append(frame)
+            _, _, terminated, truncated, info = env.step(int(action))
+            end = car_racing_env.episode_end(terminated, truncated, info)
+            moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or driving.target.speed == 0
+            slow = 0 if moving else slow + FRAME_SKIP
+            if slow >= STUCK_LIMIT:
+                return [], []
     return frames, rows
 
 

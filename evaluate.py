@@ -2,7 +2,7 @@
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
 words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json, the instruction
-in its name if there is one, and, with VIDEO, a video; a run with another POLICY or MODEL replaces them unless
+in its name if there is one, and, with VIDEO, a video; with another POLICY, MODEL or NUM_TRACKS it replaces them unless
 RESULTS_DIR is another one, too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
@@ -154,7 +154,7 @@ def evaluate(driver, tracks, num_envs=None, frame_skip=FRAME_SKIP):
 
     `driver` maps frames uint8 (N, 96, 96, 3) and the environments' infos, arrays of N, to N simulator actions; it is
     asked only for environments that still drive, by NUM_WORKERS threads at once, each for a share of the tracks: it
-    must keep nothing of a decision in itself. `num_envs` None are NUM_ENVS.
+    must keep nothing from one decision to the next. `num_envs` None are NUM_ENVS.
     """
     tracks, num_envs = list(tracks), num_envs or NUM_ENVS
     num_workers = min(NUM_WORKERS, num_envs, len(tracks))

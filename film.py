@@ -27,7 +27,7 @@ class Drive:
     """One driver on one track, decision by decision: `decide`, perhaps look at it, `step`."""
 
     def __init__(self, driver, track_seed):
-        self.driver, self.reads = driver, hasattr(driver, "model")
+        self.driver, self.reads = driver, hasattr(driver, "explain")
         self.env = make_evaluation_env(render_mode="rgb_array")
         self.obs, self.info = self.env.reset(seed=track_seed)
         self.total, self.end, self.decision, self.scene = 0.0, "", 0, ""

@@ -151,7 +151,7 @@ def say(name, rng, split="taught", varied_share=0.0):
 
 
 def obeyed_shares(obedience):
-    """Share of decisions in which what was told was so, from pairs `(kind, obeyed)`; nan for kinds never told."""
+    """Share of decisions after which the car was as told, by kind, from pairs `(kind, obeyed)`; nan: never told."""
     if not obedience:
         return {}
     kinds = [kind for kind in KINDS if kind not in ("race", "chatter", "garbled")]  # nothing to obey

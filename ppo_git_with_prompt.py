@@ -263,9 +263,10 @@ def train(
     model, workers, accelerator, state=None, *, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
     gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
 ):  # fmt: skip
-    """Train `model`; yields `(update, episodes, diagnostics, state)` before the first update and after each.
+    """Train `model`; yields `(update, episodes, diagnostics, state)` after each update, and once before the first.
 
-    Episodes are pairs `(decision, facts)`; another call goes on from `state` (its tensors are live: save or copy it).
+    Episodes are pairs `(decision, facts)`; another call goes on from `state` (its tensors are live: save or copy it),
+    with the update after it.
     """
     num_envs = accelerator.num_processes * sum(envs.num_envs for envs in workers)
     optimizer, normalizer = make_optimizer(model), ReturnNormalizer(num_envs, gamma)
@@ -277,14 +278,14 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         vars(normalizer).update(state["normalizer"])
         own = state["processes"][accelerator.process_index]
-        processes.set_rng_state(own["rng"], model.device)
+        torch.set_rng_state(own["rng"])  # the minibatches are drawn by it
         for envs, generator, (episodes, drawn) in zip(workers, generators, own["workers"], strict=True):
             envs.set_attr("resume_from", episodes)
             generator.set_state(drawn)
     observations = [observe(*envs.reset()) for envs in workers]
 
     def saved_state(number):
-        own = {"rng": processes.rng_state(model.device)}
+        own = {"rng": torch.get_rng_state()}
         own["workers"] = [[list(envs.call("snapshot")), x.get_state()] for envs, x in zip(workers, generators)]
         state = {"update": number, "model": model.trained_parameters(), "average": average}
         state |= {"optimizer": optimizer.state_dict(), "normalizer": vars(normalizer)}

@@ -156,8 +156,9 @@ def load_data():
     if own < max(MIN_FRAMES, BATCH_SIZE):
         remedy = "run collect_captions.py first, or lower MIN_FRAMES and BATCH_SIZE"
         raise checks.BadInput(f"{DATA_DIR}/ has {own} training frames, a sample: {remedy}")
-    if len({(len(row["told"]), len(row["asked"])) for row in train.rows}) > 1:  # each frame is read with as many texts
-        raise checks.BadInput(f"{DATA_DIR}/ and MORE_DATA hold frames of several settings: rerun collect_captions.py")
+    for split in (train, validation):  # each frame of a split is read with as many texts
+        if len({(len(row["told"]), len(row["asked"])) for row in split.rows}) > 1:
+            raise checks.BadInput(f"{DATA_DIR}/ or MORE_DATA has frames of several settings: rerun collect_captions.py")
     told = {(x["instruction"], x["sentence"]) for row in train.rows for x in row["told"]}
     if held_out := sorted(sentence for name, sentence in told if instructions.is_held_out(name, sentence)):
         remedy = "which phrasings.py holds out: rerun collect_captions.py"

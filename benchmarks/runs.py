@@ -98,7 +98,7 @@ def over_seeds(means):
 
 def paired(ours, theirs):
     """Mean difference of two lists, track by track, and its standard error."""
-    difference = np.subtract(ours, theirs)
+    difference = np.array([x - y for x, y in zip(ours, theirs, strict=True)])
     return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
 
 

@@ -64,7 +64,7 @@ def summarize(rows):
         "interval": [round(float(low), 1), round(float(high), 1)],
         "seeds": {seed: row["mean"] for seed, row in rows.items()},
         "worst_percent": worst.tolist(),
-        "below_500_percent": round(100 * float((returns < 500).mean()), 2),
+        "below_500_percent": round(float(np.mean([row["below_500_percent"] for row in rows.values()])), 2),
         "laps_finished_percent": round(float(np.mean([row["laps_finished_percent"] for row in rows.values()])), 1),
     }
 

@@ -12,6 +12,7 @@ know.
 The shipped one comes back with: git checkout offline/git-tiny
 """
 
+import contextlib
 import functools
 import re
 import shutil
@@ -96,19 +97,19 @@ def drive(track_seed):
     teacher, rng = load_driver(), np.random.default_rng([track_seed, 4])
     env = Throws(car_racing_env.make_env(draw=False), THROWN, THROWN, SPED_UP)
     env = car_racing_env.Instructed(env, functools.partial(draw_target, share=TOLD_SHARE), CHANGE)
-    env = PrivilegedState(RandomBursts(env, track_seed, BURST_START, BURST_LONGEST))
-    _, info = env.reset(seed=track_seed)
-    frames, answers, motion, end, stuck = [], [], [], "", 0
-    while not end and stuck < STUCK_LIMIT:
-        target = env.get_wrapper_attr("told").target
-        _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
-        end = car_racing_env.episode_end(terminated, truncated, info)
-        car = read_state(info["state"])
-        stuck = 0 if car.wheels_on_road.any() else stuck + 1
-        if rng.random() < KEEP:
-            frames.append(env.unwrapped.draw())
-            answers.append(describe(car, env.get_wrapper_attr("road")))
-            motion.append((car.forward, car.offset))
+    with contextlib.closing(PrivilegedState(RandomBursts(env, track_seed, BURST_START, BURST_LONGEST))) as env:
+        _, info = env.reset(seed=track_seed)
+        frames, answers, motion, end, stuck = [], [], [], "", 0
+        while not end and stuck < STUCK_LIMIT:
+            target = env.get_wrapper_attr("told").target
+            _, _, terminated, truncated, info = env.step(teacher.act(info["state"][None], target)[0])
+            end = car_racing_env.episode_end(terminated, truncated, info)
+            car = read_state(info["state"])
+            stuck = 0 if car.wheels_on_road.any() else stuck + 1
+            if rng.random() < KEEP:
+                frames.append(env.unwrapped.draw())
+                answers.append(describe(car, env.get_wrapper_attr("road")))
+                motion.append((car.forward, car.offset))
     return frames, answers, motion
 
 
@@ -341,6 +342,9 @@ def main():
         teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
         questions=questions.digest(), bfloat16=git_forward.multiplies_bfloat16(model_file.device()),
     )  # fmt: skip
+    if RESUME:
+        state = run_files.load_state(STATE)
+        run = run_files.continue_from(STATE, state["run"], run, {"RESUME"})
     print(
         f"{TRAIN_FRAMES:,} frames, {EPOCHS} epochs, 12 to 40 minutes on two CPU cores with the default constants; "
         f"replaces {OUTPUT_DIR}/ at the end (the shipped one comes back with: git checkout offline/git-tiny)"
@@ -359,8 +363,6 @@ def main():
     parts, first = {"git": model.git, "optimizer": optimizer, "schedule": schedule}, 0
     losses, scores = [], {}
     if RESUME:
-        state = run_files.load_state(STATE)
-        run = run_files.continue_from(STATE, state["run"], run, {"RESUME"})
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first, losses, scores = state["step"], state["losses"], state["scores"]

@@ -66,7 +66,7 @@ REWARDS = dataclasses.replace(  # no ramp and no bonus: this critic knows how mu
     facing=40.0,  # without it a car that is turned round brakes and stands: the wrong way costs, standing nothing
 )
 
-LEARNING_RATE = 5e-4  # falls linearly to nearly a fiftieth
+LEARNING_RATE = 5e-4  # falls linearly to 3 % of it
 EMA_DECAY = 0.95  # per update, of the averaged actor, which is evaluated and kept
 GAMMA = 0.995  # per decision; 0.99 rewards haste, and haste is what misses tiles
 GAE_LAMBDA = 0.95

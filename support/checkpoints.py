@@ -115,5 +115,5 @@ def last_complete_checkpoint(folder):
             json.loads((checkpoint / "trainer_state.json").read_text())
             return str(checkpoint)
         except (OSError, json.JSONDecodeError):
-            print(f"{checkpoint.name} is not complete: the one before is used")
+            print(f"{checkpoint.name} is not complete: it is left out")
     return None

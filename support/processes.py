@@ -74,10 +74,11 @@ def simulate(pipe, env_fns, autoreset):
 
 
 class Simulators:
-    """Some environments in one process, as Gymnasium's `SyncVectorEnv`; its loss is one line, and closing leaves none.
+    """Some environments in one process, as Gymnasium's `SyncVectorEnv`.
 
     On few cores a process for each environment costs more than what it simulates. To use several cores have several of
-    these, each stepped by a thread. `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED".
+    these, each stepped by a thread. `env_fns` make the environments; `autoreset` is "SAME_STEP" or "DISABLED". If the
+    process dies whoever calls gets BadInput.
     """
 
     def __init__(self, env_fns, autoreset):
@@ -169,14 +170,3 @@ def average_gradients(parameters, accelerator):
     mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
     for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))
-
-
-def rng_state(device):
-    """The generators that actions, dropout masks and minibatches are drawn from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

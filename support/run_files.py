@@ -70,10 +70,9 @@ def check_writable(folder):
 
 
 def check_own(folder, script, *others):
-    """Raise BadInput if `folder` holds anything that `script` did not make, or one of `others`.
+    """Raise BadInput if `folder` holds files, but by its run.json not those of `script`, or holds one of `others`.
 
-    The folder's run.json names who made it. Only such folders may be replaced or cleared. Returns the folder, a link's
-    target.
+    Only such folders may be replaced or cleared, with whatever else lies in them. Returns the folder, a link's target.
     """
     folder = folder.resolve()
     if any(other.resolve().is_relative_to(folder) for other in others):
@@ -94,9 +93,8 @@ def clear(folder, script, *others):
 
 def replace_folder(partial, folder):
     """Put a finished folder in the place of another one, which is only removed when the new one is there."""
-    old = folder.with_name(folder.name + ".old")
+    old = Path(tempfile.mkdtemp(".old", folder.name, folder.parent))  # of a name that nobody has given a copy
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

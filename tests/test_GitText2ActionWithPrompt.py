@@ -117,7 +117,7 @@ def test_a_policy_begins_as_the_words_and_its_fresh_lora_trains_the_features_alo
 
 
 def test_words_that_the_base_does_not_know(toy_model):
-    """Numbers are said in words; a word of another alphabet is no letter either."""
+    """Numbers are said in words; "to" is known, the rest of "tower" spelled; another alphabet has no letters."""
     tokenizer = toy_model.processor.tokenizer
-    assert unknown_words(tokenizer, "Crawl at 20, please: тихо!") == ["crawl", "тихо"]
+    assert unknown_words(tokenizer, "Crawl to a tower at 20, please: тихо!") == ["crawl", "tower", "тихо"]
     assert not unknown_words(tokenizer, " ".join([PROMPT, *taught_sentences()]))

@@ -13,7 +13,7 @@ from toy_process import files
 
 import instructions
 import questions
-from captions import Collator
+from captions import Captions, Collator
 from GitText2ActionWithPrompt import answer_ids
 from phrasings import INSTRUCTIONS
 from road import read_state
@@ -23,7 +23,8 @@ from targets import SIDE, Target
 from teacher import make_evaluation_env
 
 EVALUATE = "evaluate"
-METADATA, DATA_TASK = "CarRacing-Data/train/metadata.jsonl", "CarRacing-Data/task.json"
+METADATA, VALIDATION = (f"CarRacing-Data/{split}/metadata.jsonl" for split in ("train", "validation"))
+DATA_TASK = "CarRacing-Data/task.json"
 BASE, ADAPTER, ADAPTER_TASK = "git-toy/model.safetensors", "adapter/adapter_model.safetensors", "adapter/task.json"
 POLICY, POLICY_FACTS = "results/policy/policy.safetensors", "results/policy/policy.json"
 BOMB = b"csys\nexit\n(tR."  # a pickle that calls sys.exit() where it is executed
@@ -33,8 +34,8 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def replace(old, new):
-    return lambda path: path.write_text(path.read_text().replace(old, new))
+def replace(old, new, count=-1):
+    return lambda path: path.write_text(path.read_text().replace(old, new, count))
 
 
 def spoil_a_tensor(change, path):
@@ -80,6 +81,7 @@ FILES = [  # script, what its user sets, what is spoiled and how, what the messa
     (STAGE2, {}, "CarRacing-Data/train", remove, "CarRacing-Data/train"),
     (STAGE2, {}, METADATA, damage, "metadata.jsonl"),
     (STAGE2, {}, METADATA, replace('"Accelerate"', '"Fly"'), "metadata.jsonl"),
+    (STAGE2, {}, VALIDATION, replace('"told": [{', f'"told": [{HELD_OUT}, {{', 1), "settings"),
     (STAGE2, {}, "CarRacing-Data/run.json", replace('"instructions": "', '"instructions": "0'), "instructions"),
     (STAGE2, {}, "CarRacing-Data/run.json", replace('"questions": "', '"questions": "0'), "questions"),
     (STAGE2, {}, METADATA, replace('"told": [{', f'"told": [{HELD_OUT}, {{'), "phrasings.py"),
@@ -132,6 +134,12 @@ def test_a_lora_that_the_pass_does_not_compute(toy_model, unread):
     config = LoraConfig(**{"r": 2, "target_modules": ["query"]} | unread)
     with pytest.raises(BadInput, match="LoRA"):
         check_lora(get_peft_model(toy_model.git, config))
+
+
+def test_a_frame_that_is_missing(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "000001_0002.png", "text": "Brake"}')
+    with pytest.raises(BadInput, match="000001_0002.png"):
+        Captions(tmp_path)[0]
 
 
 def test_a_sentence_longer_than_the_model(toy_model, frames):

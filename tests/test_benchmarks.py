@@ -36,10 +36,17 @@ def test_few_seeds_are_not_resampled():
 def test_runs_together():
     rows = {seed: {"seed": seed, "mean": 900.0 + seed, "laps_finished_percent": 90.0 + seed} for seed in range(2)}
     for seed, row in rows.items():
+        row["below_500_percent"] = 1.0 - seed
         row["returns"] = [900.0 + seed] * 99 + [400.0 + 200 * seed]
     told = seeds.summarize(rows)
     assert told["mean"] == 896.5 and told["seeds"] == {0: 900.0, 1: 901.0} and told["worst_percent"] == [400.0, 600.0]
     assert told["below_500_percent"] == 0.5 and told["laps_finished_percent"] == 90.5
+
+
+def test_drivers_are_compared_track_by_track():
+    assert runs.paired([3, 5, 7], [2, 2, 2]) == pytest.approx((3, 2 / 3**0.5))
+    with pytest.raises(ValueError):
+        runs.paired([900] * 100, [900])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from conftest import COLLECT, STAGE2, toy_script
 import car_racing_env
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from support.checks import BadInput, read_json
-from support.run_files import file_hash, read_log
+from support.run_files import file_hash, read_log, replace_folder
 
 
 def test_captions_read_as_imagefolder(pipeline, tmp_path):
@@ -62,3 +62,13 @@ def test_the_saved_policy_scores_the_same(pipeline):
     summary = [function(facts["returns"]) for function in (np.mean, np.std, np.median, min, max)]
     assert [facts[name] for name in ("mean", "std", "median", "min", "max")] == pytest.approx(summary, abs=0.01)
     assert (facts["laps_finished_percent"], facts["below_500_percent"]) == (0, 100)  # in 60 frames
+
+
+def test_an_output_takes_the_place_of_the_old_one_and_of_no_copy(tmp_path):
+    for name in ("output", "output.old", "output.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "made").write_text(name)
+    replace_folder(tmp_path / "output.partial", tmp_path / "output")
+    assert {path.name: (path / "made").read_text() for path in tmp_path.iterdir()} == {
+        "output": "output.partial", "output.old": "output.old",
+    }  # fmt: skip
