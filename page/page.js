@@ -10,7 +10,16 @@ let socket, known, drivers = ["policy"], full = false;
 
 function send(command, value) {
   if (LASTING.includes(command)) wanted[command] = value;
+  transmit(command, value);
+}
+
+function transmit(command, value) {
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ [command]: value }));
+}
+
+// a page that nobody sees drives on when it is seen again
+function pauseUnseen() {
+  transmit("pause", document.hidden || Boolean(wanted.pause));
 }
 
 function connect() {
@@ -50,6 +59,8 @@ function begin(message) {
   status("driving");
   $("sentence").maxLength = $("question").maxLength = message.max_text;
   for (const [command, value] of Object.entries(wanted)) send(command, value);
+  send("keys", [...pressed]);
+  pauseUnseen();
   if (again) return;
   for (const [name, title] of Object.entries(message.drivers)) {
     $("first").add(new Option(title, name));
@@ -72,7 +83,7 @@ function panels(count) {
   while (stage.children.length < count) {
     const panel = $("panel").content.cloneNode(true).firstElementChild;
     for (const answer of known.answers) {
-      const name = document.createElement("span"), meter = document.createElement("meter"), value = document.createElement("output");
+      const name = document.createElement("span"), meter = document.createElement("meter"), value = document.createElement("span");
       name.textContent = answer;
       meter.setAttribute("aria-label", answer);
       panel.querySelector(".bars").append(name, meter, value);
@@ -89,6 +100,7 @@ function panels(count) {
 
 function show(message) {
   panels(message.drives.length).forEach((panel, i) => showDrive(panel, message.drives[i]));
+  wanted.say = message.told;  // what was said last may have been refused
   $("told").textContent = message.told || "nothing";
   $("nothing").hidden = !message.told;
   $("pause").setAttribute("aria-pressed", message.paused);
@@ -137,7 +149,12 @@ function choose(first, second) {
   drivers = second ? [first, second] : [first];
   release();
   send("drivers", drivers);
-  if (drivers.includes("you")) document.activeElement.blur();  // so that the arrow keys drive
+  freeKeys(document.activeElement);
+}
+
+// whoever drives wants the arrow keys back from a field
+function freeKeys(field) {
+  if (drivers.includes("you")) field.blur(); else if (field.select) field.select();
 }
 
 function press(key, down) {
@@ -160,23 +177,24 @@ function tap(key, event) {
 $("say").onsubmit = (event) => {
   event.preventDefault();
   send("say", $("sentence").value);
-  $("sentence").select();
+  freeKeys($("sentence"));
 };
 $("ask").onsubmit = (event) => {
   event.preventDefault();
   if ($("question").value.trim()) send("ask", $("question").value);
-  $("question").select();
+  freeKeys($("question"));
 };
 $("nothing").onclick = () => { $("sentence").value = ""; send("say", ""); };
 $("first").onchange = $("second").onchange = () => choose($("first").value, $("second").value);
 $("compare").onclick = () => choose("answers", "policy");
 $("race").onclick = () => choose("you", "policy");
 $("track").onchange = () => {
-  const track = Math.floor(Number($("track").value)) || 0;
+  if (!$("track").value) return;
+  const track = Math.floor(Number($("track").value));
   $("track").value = Math.min(Math.max(track, $("track").min), $("track").max);
   send("track", Number($("track").value));
-  $("track").blur();
 };
+$("track").onkeydown = (event) => { if (event.key === "Enter") $("track").blur(); };
 $("random").onclick = () => send("track", 202000 + Math.floor(Math.random() * 98000));  // neither trained nor tested on
 $("restart").onclick = () => send("restart", true);
 $("pause").onclick = () => send("pause", $("pause").getAttribute("aria-pressed") !== "true");
@@ -193,5 +211,6 @@ for (const [kind, down] of [["keydown", true], ["keyup", false]]) {
   });
 }
 addEventListener("blur", release);
+document.addEventListener("visibilitychange", pauseUnseen);
 
 connect();

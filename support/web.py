@@ -125,7 +125,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app, host, port, open_browser):
         # a page that has vanished is noticed by the missing answer to a ping
-        settings = {"log_level": "warning", "ws_max_size": 4096, "ws_ping_interval": 2, "ws_ping_timeout": 2}
+        settings = {"log_level": "warning", "ws_max_size": 4096, "ws_ping_interval": 2, "ws_ping_timeout": 10}
         super().__init__(uvicorn.Config(app, host, port, **settings))
         self.open_browser = open_browser
         gc.freeze()  # the collection after a visit, 0.3 s with all that the libraries made, need not look at what stays

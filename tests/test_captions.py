@@ -78,6 +78,14 @@ def test_an_episode_under_an_instruction_repeats(script):
     assert len(first) == 1 and len(second) > 5 and len({row["told"][0]["sentence"] for row in rows}) > 5
     for told in (told for row in rows for told in row["told"] if told["instruction"] in INSTRUCTIONS):
         assert is_held_out(told["instruction"], told["sentence"]) == (told["split"] == "held_out")
+    changing = script(COLLECT, KEEP=0.1, TOLD_SHARE=1.0, CHANGE=0.2).collect_episode(11)[1]
+    assert len({row["told"][0]["instruction"] for row in changing}) > 1
+
+
+@pytest.mark.parametrize("disturbed", [{"BURST_START": 1.0}, {"THROWN": 1.0}])
+def test_bursts_and_throws_disturb_an_episode(script, disturbed):
+    quiet, other = (script(COLLECT, **QUIET | change).collect_episode(7)[0] for change in ({}, disturbed))
+    assert len(quiet) > 10 and not np.array_equal(other[:10], quiet[:10])
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The page's server: its messages and its sessions."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -10,7 +11,7 @@ from conftest import edit
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from support.web import NotUnderstood
+from support.web import Latest, NotUnderstood
 
 
 def wait_for(condition, seconds=30):
@@ -29,7 +30,7 @@ def serving(model, **constants):
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_for(lambda: server.started)
+        wait_for(lambda: hasattr(server, "address"))
         yield server.address, server.config.app.state.sessions
     finally:
         server.should_exit = True
@@ -88,6 +89,24 @@ def test_a_drive_that_fails_ends_its_session(toy_model, monkeypatch):
             socket.recv(timeout=30)
         assert closed.value.rcvd.code == 1011
         wait_for(lambda: not sessions, 10)
+
+
+def test_a_slow_page_gets_all_notes_and_the_last_picture():
+    """And no other before it has seen that one."""
+    notes, pictures = [{"note": i} for i in range(2)], [{"drives": [i]} for i in range(3)]
+
+    async def visit():
+        latest, got = Latest(asyncio.get_running_loop()), []
+        for message in (pictures[0], notes[0], pictures[1], notes[1]):
+            latest.put(message)
+        got = [await latest.get() for _ in range(3)]
+        latest.put(pictures[2])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(latest.get(), 0.2)
+        latest.was_seen()
+        return [*got, await latest.get()]
+
+    assert asyncio.run(visit()) == [*notes, *pictures[1:]]
 
 
 def drive(address):

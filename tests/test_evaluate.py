@@ -94,8 +94,25 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
     film.check_display()
     film.watch(driver, 100_000)
     assert not pygame.display.get_init() and len(shown) == 4
-    for shot, (picture, _) in zip(shown[1:], film.drive(teacher, 100_000)):
-        assert np.array_equal(shot, picture)
+    car = film.Drive(teacher, 100_000)
+    for shot in shown[1:]:
+        action, *_ = car.decide()
+        assert np.array_equal(shot[:400], car.picture()) and shot[400:].std() > 1
+        car.step(action)
+
+
+def test_the_heat_map_reddens_what_is_looked_at():
+    """The upper right one of 4 x 4 patches."""
+    looks = np.zeros((4, 4), np.float32)
+    looks[0, 3] = 0.2
+    seen = film.overlay(np.zeros((400, 600, 3), np.uint8), looks)
+    assert seen[20, 580].tolist() == [127, 20, 20] and not seen[150:].any() and not seen[:, :375].any()
+
+
+def test_a_summary_by_hand():
+    returns, ends = (400, 600, 910, 920), ("field", "time", "lap", "lap")
+    summary = evaluate.summarize([{"return": x, "end": end} for x, end in zip(returns, ends)])
+    assert (summary["laps_finished_percent"], summary["below_500_percent"]) == (50.0, 25.0)
 
 
 @pytest.mark.parametrize(

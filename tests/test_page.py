@@ -42,6 +42,11 @@ def speed(page):
     return float(page.inner_text(".speed"))
 
 
+def lap(page):
+    """In percent."""
+    return float(page.inner_text(".lap")[:-2])
+
+
 def coasts(page):
     """Whether its speed stays the same for half a second."""
     before = speed(page)
@@ -78,6 +83,13 @@ def test_the_page(visit, tmp_path):
     page.screenshot(path=(PICTURES or tmp_path) / "page_drive.png")
     enter(page, "#sentence", "xq " * 66)  # more than it can read
     wait_for(lambda: "tokens" in page.inner_text("#note"))
+    page.evaluate("socket.close()")  # the connection is lost: another drive begins, told what was in force
+    wait_for(lambda: "not connected" in page.inner_text("#status"))
+    wait_for(lambda: page.inner_text("#status") == "driving" and 1 <= lap(page) <= 3)
+    assert page.inner_text("#told") == "Keep left."
+    wait_for(lambda: lap(page) > 3)
+    page.click("#restart")
+    wait_for(lambda: lap(page) < 2, 5)
     page.click("#pause")
     page.wait_for_selector("#pause[aria-pressed=true]")
     shown, score = page.get_attribute(".drive img", "src"), page.inner_text(".return")
@@ -95,6 +107,14 @@ def test_the_page(visit, tmp_path):
     wait_for(lambda: coasts(page), 5)
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    brake = page.locator("[data-key=ArrowDown]").first
+    brake.dispatch_event("pointerdown")
+    wait_for(lambda: speed(page) == 0)
+    brake.dispatch_event("pointerup")
+    enter(page, "#sentence", "Stop.")  # and the keys drive again
+    page.keyboard.down("ArrowUp")
+    wait_for(lambda: speed(page) > 20)
+    page.keyboard.up("ArrowUp")
     page.close()
     enter(other, "#track", "100054")
     other.click("#compare")  # the answers alone lose the road, the policy drives on: each sees its own pictures

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_ppo_git_with_prompt import make_accelerator, make_toys
+from test_GitText2ActionWithPrompt import randomize
+from test_ppo_git_with_prompt import make_accelerator, make_batch, make_toys
 
 import ppo_git_with_prompt as ppo
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
@@ -53,3 +54,30 @@ def test_the_first_value_loss_by_hand(toy_model):
     decay = 0.5 * ppo.GAE_LAMBDA
     returns = 2 * np.array([1 + decay + decay**2, 1 + decay, 1])
     assert diagnostics["value_loss"] == pytest.approx(0.5 * np.square(returns).mean())
+
+
+def after_updates(model, start, batch, **arguments):
+    """Value loss, distance from the prior and weights after 20 epochs on one batch, by the optimiser of a run."""
+    model.load_trained(start, "")
+    torch.manual_seed(0)
+    ppo.update(model, ppo.make_optimizer(model), batch, make_accelerator(), k_epochs=20, **arguments)
+    return measure(model, batch) | {"weights": copy.deepcopy(model.trained_parameters())}
+
+
+def measure(model, batch):
+    _, terms = ppo.compute_loss(model, batch, batch["advantage"].mean(), False)
+    return {name: terms[name].item() for name in ("value_loss", "kl_to_prior")}
+
+
+def test_which_way_an_update_goes(toy_model, monkeypatch):
+    """The value towards the returns, the policy towards the prior if KL_COEF says so; an advantage of all is none."""
+    randomize(toy_model, "_head.")
+    batch, start = make_batch(toy_model), copy.deepcopy(toy_model.trained_parameters())
+    same, more = (batch | {"advantage": torch.full((40,), x)} for x in (0.0, 100.0))
+    before = measure(toy_model, batch)
+    assert after_updates(toy_model, start, batch, warming_up=True)["value_loss"] < 0.9 * before["value_loss"]
+    monkeypatch.setattr(ppo, "KL_COEF", 10.0)
+    assert after_updates(toy_model, start, same)["kl_to_prior"] < 0.9 * before["kl_to_prior"]
+    monkeypatch.setattr(ppo, "KL_COEF", 0.0)
+    one, other = (after_updates(toy_model, start, x)["weights"] for x in (same, more))
+    assert all(torch.allclose(p, other[name], atol=1e-4) for name, p in one.items())
