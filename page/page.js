@@ -4,8 +4,8 @@
 const $ = (id) => document.getElementById(id);
 const ENDS = { lap: "Lap finished", field: "Left the playfield", time: "Time is up" };
 const pressed = new Set();
-const LASTING = ["drivers", "track", "say", "pause", "attention"];  // commands that hold until the next of their kind
-const wanted = {};  // the last of each, for the server to hear again when it comes back
+const LASTING = ["drivers", "track", "pause", "attention"];  // commands that hold until the next of their kind
+const wanted = {};  // the last of each and what is in force, for the server to hear again when it comes back
 let socket, known, drivers = ["policy"], full = false;
 
 function send(command, value) {
@@ -100,7 +100,7 @@ function panels(count) {
 
 function show(message) {
   panels(message.drives.length).forEach((panel, i) => showDrive(panel, message.drives[i]));
-  wanted.say = message.told;  // what was said last may have been refused
+  wanted.say = message.told;
   $("told").textContent = message.told || "nothing";
   $("nothing").hidden = !message.told;
   $("pause").setAttribute("aria-pressed", message.paused);
