@@ -4,7 +4,7 @@ Reads the adapter of stage 2 (which names its base). Writes results/: reward_log
 update_log.csv, eval_log.csv, graphs, videos, policy/ (the running average of the weights), state.pt (to resume),
 run.json, tensorboard/.
 
-    python ppo_git_with_prompt.py      # 9 to 25 minutes on two CPU cores; expect 910 to 916 (100 tracks)
+    python ppo_git_with_prompt.py      # 9 to 25 minutes on two CPU cores; from the adapter that ships 910 to 916
 
 What differs from textbook PPO: the backbone is frozen and runs once per decision, the epochs train the heads on its
 stored features; the language model's answer is added to the action logits as a prior; dropout masks are stored too, so
