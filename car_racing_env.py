@@ -95,6 +95,11 @@ def episode_end(terminated, truncated, info):
     return "time" if truncated else ""
 
 
+def frame_number(env):
+    """How many frames an environment has driven since its reset, which draws one of its own."""
+    return round(env.unwrapped.t * FPS) - 1
+
+
 class TrainingRewards(gym.Wrapper):
     """Training only: the task's reward clipped, the terms of `Rewards`, an early stop, a track per episode.
 
@@ -142,7 +147,7 @@ class TrainingRewards(gym.Wrapper):
             info["episode_summary"] = {
                 "return": self.episode_return,
                 "training_return": self.training_return,
-                "length": round(self.unwrapped.t * FPS) - 1,  # the first is the reset's
+                "length": frame_number(self),
                 "end": end,
                 "track_seed": self.track_seed,
                 "told": int(self.instructed),

@@ -33,7 +33,7 @@ import instructions
 import perturbations
 import questions
 import teacher as teacher_file
-from car_racing_env import FPS, FRAME_SKIP, TRAIN_TRACKS
+from car_racing_env import FRAME_SKIP, TRAIN_TRACKS
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, answer_of, to_simulator
 from perturbations import RandomBursts, Throws
 from road import read_state
@@ -136,7 +136,7 @@ def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_
                 if kept and answer_by == "policy":
                     plain, *dreamed = decide(model, frame, ["", *(x.sentence for x in told)])
             if kept:
-                number = round(base.t * FPS) - 1
+                number = car_racing_env.frame_number(env)
                 row = {"file_name": f"{track_seed:06d}_{number:04d}.png", "text": answer_for(plain, car)}
                 row |= {"prompt": PROMPT, "action": int(plain), "track_seed": track_seed, "frame": number}
                 row["told"] = [

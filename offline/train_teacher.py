@@ -4,7 +4,7 @@ Reads nothing. Writes offline/teacher.safetensors (the running average of the ac
 evaluations), its log offline/teacher_log.csv and, not in git, offline/teacher_state.pt, from which an interrupted run
 goes on.
 
-    python -m offline.train_teacher      # 8 to 12 minutes on two CPU cores
+    python -m offline.train_teacher      # 8 to 9 minutes on two CPU cores
 
 The actor sees the car, 12 tiles of road and a target: a speed, a side of the road, standing still, or none, when it
 races. Targets change while it drives, and now and then the car is thrown about, so that it learns to come back from
@@ -300,7 +300,7 @@ def main():
         run = run_files.continue_from(output / "teacher_state.pt", state["run"], run, {"RESUME", "TOTAL_UPDATES"})
         first = state["update"] + 1
     print(
-        f"{TOTAL_UPDATES} updates, 8 to 12 minutes on two CPU cores with the default constants; replaces {OUTPUT_DIR}/"
+        f"{TOTAL_UPDATES} updates; replaces {OUTPUT_DIR}/"
         "teacher.safetensors at every evaluation (the shipped one comes back with: git checkout "
         "offline/teacher.safetensors)"
     )

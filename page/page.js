@@ -58,8 +58,8 @@ function begin(message) {
   known = message;
   status("driving");
   $("sentence").maxLength = $("question").maxLength = message.max_text;
-  for (const [command, value] of Object.entries(wanted)) send(command, value);
-  send("keys", [...pressed]);
+  for (const [command, value] of Object.entries(wanted)) transmit(command, value);
+  transmit("keys", [...pressed]);
   pauseUnseen();
   if (again) return;
   for (const [name, title] of Object.entries(message.drivers)) {

@@ -96,7 +96,7 @@ def test_a_slow_page_gets_all_notes_and_the_last_picture():
     notes, pictures = [{"note": i} for i in range(2)], [{"drives": [i]} for i in range(3)]
 
     async def visit():
-        latest, got = Latest(asyncio.get_running_loop()), []
+        latest = Latest(asyncio.get_running_loop())
         for message in (pictures[0], notes[0], pictures[1], notes[1]):
             latest.put(message)
         got = [await latest.get() for _ in range(3)]

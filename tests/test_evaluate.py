@@ -95,8 +95,9 @@ def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch)
     film.watch(driver, 100_000)
     assert not pygame.display.get_init() and len(shown) == 4
     car = film.Drive(teacher, 100_000)
-    for shot in shown[1:]:
+    for shot, (picture, _) in zip(shown[1:], film.drive(teacher, 100_000)):
         action, *_ = car.decide()
+        assert np.array_equal(shot, picture)
         assert np.array_equal(shot[:400], car.picture()) and shot[400:].std() > 1
         car.step(action)
 

@@ -89,6 +89,10 @@ def test_the_page(visit, tmp_path):
     wait_for(lambda: page.inner_text("#told") == "Keep left." and lap(page) > 3)
     page.click("#restart")
     wait_for(lambda: lap(page) < 2, 5)
+    for hidden in ("true", "false"):  # in a tab that nobody sees it waits
+        page.evaluate(f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}})")
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_selector(f"#pause[aria-pressed={hidden}]")
     page.click("#pause")
     page.wait_for_selector("#pause[aria-pressed=true]")
     shown, score = page.get_attribute(".drive img", "src"), page.inner_text(".return")

@@ -25,7 +25,7 @@ def test_logs(pipeline):
     lora, episodes, updates, evaluations = (read_log(pipeline.results / f"{x}_log.csv") for x in names)
     assert [row["epoch"] for row in lora] == ["0", "1", "2"]
     assert float(lora[2]["average_loss"]) < float(lora[1]["average_loss"])
-    assert [int(row["episode"]) for row in episodes] == list(range(1, len(episodes) + 1))
+    assert [int(row["episode"]) for row in episodes] == list(range(1, len(episodes) + 1)) and episodes
     assert {row["told"] for row in episodes} == {"0", "1"} and any(name.startswith("obeyed_") for name in updates[0])
     assert [int(row["env_frames"]) for row in updates] == [240, 480, 720]  # 2 x 60 decisions of 2 frames
     assert all(np.isfinite(float(x)) for row in updates for name, x in row.items() if not name.startswith("obeyed"))
@@ -62,6 +62,7 @@ def test_the_saved_policy_scores_the_same(pipeline):
     assert facts["weights_hash"] == file_hash(policy / "policy.safetensors")
     summary = [function(facts["returns"]) for function in (np.mean, np.std, np.median, min, max)]
     assert [facts[name] for name in ("mean", "std", "median", "min", "max")] == pytest.approx(summary, abs=0.01)
+    assert (facts["laps_finished_percent"], facts["below_500_percent"]) == (0, 100)  # in 60 frames
 
 
 def test_an_output_takes_the_place_of_the_old_one_and_of_no_copy(tmp_path):

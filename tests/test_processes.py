@@ -92,7 +92,8 @@ def test_a_killed_torchrun_leaves_no_process(tmp_path):
     )
     agent = psutil.Popen([*TORCHRUN, tmp_path / "sleep.py"], env=ENV)
     until = time.monotonic() + 60
-    while agent.poll() is None and time.monotonic() < until and len(list(tmp_path.glob("*.ready"))) < 2:
+    while len(list(tmp_path.glob("*.ready"))) < 2:
+        assert agent.poll() is None and time.monotonic() < until
         time.sleep(0.1)
     processes_of_it = agent.children()
     agent.kill()
