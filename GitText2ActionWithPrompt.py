@@ -8,7 +8,7 @@ scenario?" From one pass over image and prompt come `features`, the hidden state
 
     action_logits = LANGUAGE_PRIOR * log(0.98 p + 0.02 / 5) + policy_head(features);  value = value_head(features)
 
-The heads' last layers start at zero, so the untrained policy is the language model's own answer.
+The heads' last layers start at zero, so the untrained policy takes the most probable of the five answers.
 """
 
 import functools

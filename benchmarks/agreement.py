@@ -1,7 +1,7 @@
 """How often the PPO policy does what the model says, per action, and a picture sheet of frames where it does not.
 
 The untrained head's action is the most probable whole answer, the generated answer is greedy word by word: "before PPO"
-shows that the two agree. Writes benchmarks/agreement.json and agreement.png.
+shows how far the two agree. Writes benchmarks/agreement.json and agreement.png.
 
     python -m benchmarks.agreement      # 2 minutes on two CPU cores
 """

@@ -21,9 +21,9 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCORE = re.compile(r"\[[^]]*±[^]]*\]\((?:\.\./)?results/published/([\w/]+\.json)\)(?:, laps \d+ %, min -?\d+)?")
 SPLITS = ("held_out", "validation", "test")
 CONTROLS = {  # rows of the README, and their arms
-    "control in words, without LoRA": "words",
-    "the same, told in numbers": "numbers",
-    "control of five classes, told nothing": "classes",
+    "control: git-tiny, all weights trained, in words": "words",
+    "the same, told numbers instead of sentences": "numbers",
+    "control: its image encoder, five classes, told nothing": "classes",
     "PPO alone: Stable-Baselines3's `CnnPolicy`": "CnnPolicy",
 }
 MEANS = re.compile(r"(\[eval_log\.csv\]\(\S+\)\): )\d+\.\d(?:[ \n]->[ \n]\d+\.\d)*")

@@ -147,8 +147,11 @@ def make_batch(model, size=40):
     return batch | {"advantage": (batch["action"] == 4).float(), "returns": torch.linspace(0, 1, size)}
 
 
-def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model):
-    """The ratio is 1 before the first step; re-drawn dropout would move it. Losses that are no number stop the run."""
+def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model, monkeypatch):
+    """The ratio is 1 before the first step; re-drawn dropout would move it. Losses that are no number stop the run.
+
+    Gradients are clipped: to nothing, nothing moves.
+    """
     randomize(toy_model, "_head.")
     batch, heads = make_batch(toy_model), [p for n, p in toy_model.named_parameters() if "_head." in n]
     optimizer = torch.optim.Adam(heads, lr=1e-2)
@@ -157,6 +160,10 @@ def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model
     with pytest.raises(BadInput, match="LEARNING_RATE"):
         ppo.update(toy_model, optimizer, batch | {"returns": torch.full((40,), torch.nan)}, make_accelerator())
     before = toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 4].mean()
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "MAX_GRAD_NORM", 0.0)
+        ppo.update(toy_model, optimizer, batch, make_accelerator(), k_epochs=1)
+    assert toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 4].mean() == before
     diagnostics = ppo.update(toy_model, optimizer, batch, make_accelerator(), k_epochs=1)
     assert abs(diagnostics["approx_kl"]) < 1e-6 and diagnostics["clipfrac"] == 0
     assert toy_model.head(batch["features"], batch["answer_log_probs"])[0].softmax(1)[:, 4].mean() > before
