@@ -182,13 +182,17 @@ def held_out_sentences():
 
 
 def check_phrasings():
-    """Raise BadInput if an instruction asks for a stop at a side, or a held-out sentence is taught.
+    """Raise BadInput if an instruction asks for a stop at a side, a phrasing lacks its mark or is taught and held out.
 
     It is taught, too, if it differs from a taught one in small words alone, which `varied` adds.
     """
-    for name, instruction in INSTRUCTIONS.items():
-        if instruction.target.speed == 0 and instruction.target.side is not None:
+    for name in [*INSTRUCTIONS, *COMBINATIONS]:
+        if target(name).speed == 0 and target(name).side is not None:
             raise BadInput(f"phrasings.py: {name!r} is a stop at a side, where nobody drives first: drop one of both")
+    for instruction in INSTRUCTIONS.values():
+        for sentence in (*instruction.taught, *instruction.held_out):
+            if not re.fullmatch(r"[^.?!]+[.?!]", sentence):
+                raise BadInput(f"phrasings.py: {sentence!r} is not one sentence that ends with '.', '?' or '!'")
 
     def told_apart(sentences):
         return {" ".join(word for word in said.split() if word not in SMALL_WORDS) for said in sentences}

@@ -26,7 +26,7 @@ class Instruction(NamedTuple):
 
 def sentences(text):
     """The sentences of a block, each with its mark at the end."""
-    return tuple(" ".join(sentence.split()) for sentence in re.findall(r"[^.?!]+[.?!]", text))
+    return tuple(" ".join(sentence.split()) for sentence in re.findall(r"[^.?!]+[.?!]?", text.strip()))
 
 
 def mirrored(phrasings):

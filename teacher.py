@@ -11,7 +11,7 @@ from torch import nn
 
 from car_racing_env import BRAKE, FRAME_SKIP, GAS, LEFT, RIGHT, make_env
 from road import STATE_SIZE, encode_state, read_state
-from support.checks import BadInput, read_weights
+from support.checks import BadInput, check_same, read_weights
 from support.run_files import ROOT
 from targets import RACE, SIDE, SPEED_SCALE, TARGET_SIZE, Target
 
@@ -122,8 +122,10 @@ def load_teacher(path=TEACHER):
     path = ROOT / path
     if not path.exists():
         raise BadInput(f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher")
-    teacher = Teacher()
-    teacher.load_state_dict(read_weights(path))
+    teacher, weights = Teacher(), read_weights(path)
+    saved, ours = ({name: tuple(p.shape) for name, p in x.items()} for x in (weights, teacher.state_dict()))
+    check_same(path, saved, ours, "restore it with git checkout, or run python -m offline.train_teacher")
+    teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False)
 
 

@@ -81,7 +81,8 @@ def main():
         model |= {"lora_rank": ppo.LORA_RANK, "lora_alpha": ppo.LORA_ALPHA} if changes.get("lora") else {}
         for seed in SEEDS:
             path = OUTPUT / f"{name}_seed{seed}.json"
-            runs.once(path, functools.partial(run, changes, seed), model=model, changes=changes)
+            tracks = [TRACKS[0], TRACKS[-1]]
+            runs.once(path, functools.partial(run, changes, seed), model=model, changes=changes, tracks=tracks)
     print(table(OUTPUT))
 
 

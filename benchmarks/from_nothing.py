@@ -1,7 +1,7 @@
 """From nothing to a driver: teacher, git-tiny, captions, LoRA and PPO, each by its script as it is, one after another.
 
 Writes results/from_nothing.json as each script ends: its seconds, and at the end the policy's score on 100 validation
-tracks. An interrupted run goes on with the script that it was in, from its start; without the file it begins anew.
+tracks. An interrupted run goes on with the script that it was in, from its start; to begin anew remove the file.
 What ships is replaced (git checkout offline CarRacing-Data lora_git_caption_model_carllava).
 
     python -m benchmarks.from_nothing      # 40 to 120 minutes on two CPU cores
@@ -28,7 +28,12 @@ SCORE = "results/eval_policy_100000.json"  # of the last script
 
 def main():
     output = ROOT / OUTPUT
-    made = checks.read_json(output) if output.exists() else {**run_files.run_facts(), "seconds": {}}
+    now = run_files.run_facts()
+    made = checks.read_json(output) if output.exists() else now | {"seconds": {}}
+    if "mean" in made:
+        raise checks.BadInput(f"{OUTPUT} is of a finished run: remove it to begin anew")
+    then, commit = ({"git_commit": facts["git_commit"].rstrip("+")} for facts in (made, now))  # scripts add the "+"
+    checks.check_same(OUTPUT, then, commit, "go back to it, or remove the file")
     for script in SCRIPTS:
         if script in made["seconds"]:
             continue

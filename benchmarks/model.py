@@ -1,7 +1,7 @@
 """The model's path against what a tutorial writes with transformers: processor per frame, `GitForCausalLM`, `generate`.
 
 Reads offline/git-tiny, the adapter and CarRacing-Data/. Writes its claims to benchmarks/results.json. git-base size
-means `GitConfig()` with random weights. Outputs are checked to be equal before they are timed.
+means `GitConfig()` with random weights. Of one size, passes and answers are checked to be equal before they are timed.
 
     python -m benchmarks.model      # 5 minutes
 """
@@ -124,13 +124,13 @@ def plain_text(row):
     return [("", PROMPT, row["text"])]
 
 
-def make_trainer(captions, ours):
+def make_trainer(captions, ours, folder):
     """The Trainer with the same LoRA, fed by stage 2's collator or by a tutorial's processor per sample."""
     torch.manual_seed(0)
     git, processor = checkpoints.load_base(stage2.BASE_MODEL)
     config = LoraConfig(r=stage2.LORA_RANK, lora_alpha=stage2.LORA_ALPHA, target_modules=model_file.LORA_TARGETS)
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=folder,
         num_train_epochs=1,
         per_device_train_batch_size=LORA_BATCH,
         learning_rate=stage2.LEARNING_RATE,
@@ -149,8 +149,9 @@ def make_trainer(captions, ours):
 def compare_lora_epoch():
     """One epoch over as many frames as the sample of the dataset has."""
     data = torch.utils.data.Subset(Captions(ROOT / stage2.DATA_DIR / "train"), range(SAMPLE))
-    peer, ours = (repeat(1, data, make_trainer(data, ours).train) for ours in (False, True))
-    compare.alternate("LoRA epoch: ours vs Trainer with the processor per sample", "sample", peer, ours)
+    with tempfile.TemporaryDirectory() as folder:
+        peer, ours = (repeat(1, data, make_trainer(data, ours, folder).train) for ours in (False, True))
+        compare.alternate("LoRA epoch: ours vs Trainer with the processor per sample", "sample", peer, ours)
 
 
 @torch.no_grad()

@@ -152,8 +152,13 @@ def draw(measured, path):
     )
     drivers = {"answers": "tab:green", "policy": "tab:orange", "teacher": "tab:blue"}
     markers = {"taught": "o", "held_out": "s", "new": "^", "nothing": "x"}
-    parts = {driver: measured[driver]["rows"] for driver in drivers if driver in measured}
-    names = list(dict.fromkeys(row["instruction"] for part in parts.values() for row in part if row["group"] in CASES))
+    known = CASES["nothing"]  # a driver measured earlier may have been told something else
+    parts = {
+        driver: [row for row in measured[driver]["rows"] if row["instruction"] in known]
+        for driver in drivers
+        if driver in measured
+    }
+    names = list(dict.fromkeys(row["instruction"] for part in parts.values() for row in part))
     for i, (driver, color) in enumerate(drivers.items()):
         for group, marker in markers.items():
             rows = [row for row in parts.get(driver, []) if row["group"] == group]

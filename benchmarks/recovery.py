@@ -39,8 +39,7 @@ class Coasting:
         self.driver, self.told = driver, "drive"
 
     def __call__(self, frames, infos):
-        actions = self.driver(frames, infos)
-        return actions if self.told == "drive" else np.zeros_like(actions)
+        return self.driver(frames, infos) if self.told == "drive" else np.zeros(len(frames), np.int64)
 
 
 def came_back(results):

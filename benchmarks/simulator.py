@@ -113,7 +113,7 @@ def two_workers(make, skip, drives):
 
 
 def two_of_envpool(envpool):
-    """Rounds of EnvPool's C++ CarRacing, two environments on two threads, the same action repeat."""
+    """Rounds of EnvPool's C++ CarRacing, two environments on two threads, which repeat no action."""
     envs = envpool.make_gymnasium("CarRacing-v3", num_envs=2, num_threads=2, seed=0)
     envs.reset()
     for _ in range(START):

@@ -31,6 +31,7 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 import questions
+import teacher as teacher_file
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
 from instructions import draw_target
@@ -54,7 +55,7 @@ VALIDATION_TRACKS = range(100_000, 110_000)
 KEEP = 0.2  # share of decisions that become frames: neighbours look alike
 BURST_START = 0.06  # stronger bursts than in the captions: the eyes should know every situation
 BURST_LONGEST = 8  # decisions
-THROWN = 0.012  # chance per decision that the car is thrown about
+THROWN = 0.012  # chance per decision, and at the start, that the car is thrown about
 SPED_UP = 0.3  # share of the throws that only make it fast; if few turn it, it does not see that it drives backwards
 TOLD_SHARE = 0.5  # of the time it drives under a target
 CHANGE = 0.01  # chance per decision that the target changes
@@ -127,6 +128,8 @@ def collect(tracks, num_frames):
             bar.update(len(new_answers))
             if len(answers) >= num_frames:
                 break
+        else:
+            raise checks.BadInput(f"{tracks} gave {len(answers)} frames: raise KEEP, name more tracks or ask for fewer")
     return np.stack(frames[:num_frames]), answers[:num_frames], motion[:num_frames]
 
 
@@ -336,9 +339,10 @@ def save(model, output, run, loss, validation_loss, accuracy):
 def main():
     began = time.time()
     torch.manual_seed(SEED)
+    instructions.check_phrasings()
     output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     run = run_files.describe_run(
-        globals(), *map(vars, (model_file, car_racing_env, perturbations)),
+        globals(), *map(vars, (model_file, car_racing_env, perturbations, teacher_file)),
         teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
         questions=questions.digest(), bfloat16=git_forward.multiplies_bfloat16(model_file.device()),
     )  # fmt: skip
@@ -352,6 +356,9 @@ def main():
     frames, answers, motion = collect(TRAIN_TRACKS, TRAIN_FRAMES)
     validation_frames, validation_answers, validation_motion = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)
     processor = make_processor(answers)
+    words = run_files.facts_hash(sorted(processor.tokenizer.get_vocab().items()))
+    if RESUME:
+        checks.check_same(STATE, state, {"words": words}, "put them back, or set RESUME to False")
     train = torch.from_numpy(frames), Texts(processor.tokenizer, answers), np.array(motion)
     validation_texts = Texts(processor.tokenizer, validation_answers)
     validation = torch.from_numpy(validation_frames), validation_texts, np.array(validation_motion)
@@ -381,7 +388,7 @@ def main():
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step + 1, "losses": losses, "scores": scores, "rng": torch.get_rng_state()}
-            state["run"] = run_files.until_now(run)
+            state |= {"words": words, "run": run_files.until_now(run)}
             run_files.save_state(STATE, state)
     save(model, output, run, **scores)
     STATE.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ Then: python -m offline.make_readme_pictures
 
 import shutil
 
-from support import cards, checks
+from support import cards, checks, run_files
 from support.run_files import ROOT
 
 RESULTS_DIR = "results"
@@ -41,12 +41,15 @@ def main():
     missing = [str(source) for source in copies if not source.exists()]
     if missing:
         raise checks.BadInput(f"no {', '.join(missing)}: run the three stages, the second as {ROUND}")
+    run, last = checks.read_json(results / "run.json"), run_files.read_log(results / "eval_log.csv")[-1]["update"]
+    if int(last) != run["constants"]["ppo_git_with_prompt.py"]["TOTAL_UPDATES"]:
+        raise checks.BadInput(f"{results}/ is of a run that ended after update {last}: let it go on with RESUME = True")
     (published / ROUND).mkdir(parents=True, exist_ok=True)
     for source, copy in copies.items():
         shutil.copy2(source, copy)
     shutil.copytree(results / "policy", published / "policy", dirs_exist_ok=True)
     facts["validation"] = None  # of 20 tracks: the hundred are linked
-    card = cards.policy_card("results/published/policy", facts) + made_by(checks.read_json(results / "run.json"))
+    card = cards.policy_card("results/published/policy", facts) + made_by(run)
     (published / "policy" / "README.md").write_text(card)
     print(f"wrote {published}; next: python -m offline.make_readme_pictures")
 

@@ -15,12 +15,12 @@ import instructions
 import questions
 from captions import Captions, Collator
 from GitText2ActionWithPrompt import answer_ids
-from phrasings import INSTRUCTIONS
+from phrasings import INSTRUCTIONS, sentences
 from road import read_state
 from support.checkpoints import check_lora
 from support.checks import BadInput
 from targets import SIDE, Target
-from teacher import make_evaluation_env
+from teacher import load_teacher, make_evaluation_env
 
 EVALUATE = "evaluate"
 METADATA, VALIDATION = (f"CarRacing-Data/{split}/metadata.jsonl" for split in ("train", "validation"))
@@ -157,9 +157,25 @@ def test_a_sentence_that_is_taught_and_held_out(monkeypatch):
 
 
 def test_a_stop_at_a_side(monkeypatch):
+    monkeypatch.setattr(instructions, "COMBINATIONS", {"stop left"})
+    with pytest.raises(BadInput, match="stop left"):
+        instructions.check_phrasings()
     monkeypatch.setitem(INSTRUCTIONS, "park", INSTRUCTIONS["stop"]._replace(target=Target(0.0, -SIDE)))
     with pytest.raises(BadInput, match="park"):
         instructions.check_phrasings()
+
+
+@pytest.mark.parametrize("taught", [("Crawl",), ("Crawl. Creep",), sentences("Crawl. Creep")])
+def test_a_phrasing_without_its_mark(monkeypatch, taught):
+    monkeypatch.setitem(INSTRUCTIONS, "crawl", INSTRUCTIONS["slow"]._replace(taught=taught))
+    with pytest.raises(BadInput, match="Cr"):
+        instructions.check_phrasings()
+
+
+def test_a_teacher_of_another_size(tmp_path):
+    save_file({"net.0.weight": torch.zeros(192, 46)}, tmp_path / "teacher.safetensors")
+    with pytest.raises(BadInput, match="teacher.safetensors .* net.0.weight"):
+        load_teacher(tmp_path / "teacher.safetensors")
 
 
 def test_a_question_without_an_answer_and_an_answer_without_a_question(monkeypatch):

@@ -133,6 +133,11 @@ def test_from_nothing_goes_on_after_the_last_script_that_ended(tmp_path, monkeyp
     from_nothing.main()
     made = read_json(tmp_path / from_nothing.OUTPUT)
     assert (tmp_path / "ran").read_text() == "12" and [*made["seconds"]] == ["one", "two"] and made["mean"] == 900
+    with pytest.raises(BadInput, match=from_nothing.OUTPUT):
+        from_nothing.main()
+    run_files.write_json(tmp_path / from_nothing.OUTPUT, {"git_commit": "another", "seconds": {}})
+    with pytest.raises(BadInput, match="another"):
+        from_nothing.main()
 
 
 def test_targets_told_in_numbers():

@@ -19,6 +19,7 @@ import torch
 from conftest import COLLECT, PPO, STAGE2, TOY_SHAPE, edit, toy_script
 from toy_process import Toy, at_call, die, files, fill_the_disk, press_ctrl_c, rows, run, same
 
+import instructions
 from offline import train_teacher
 from support import checks, run_files
 from support.checks import BadInput, read_json
@@ -175,6 +176,9 @@ def test_git_tiny_learns_and_resumes_exactly(script, tmp_path):
             interrupted.main()
         losses = run_files.load_state(interrupted.STATE)["losses"]
         assert losses[3] < losses[0] and [path.name for path in tmp_path.iterdir()] == ["hurt.pt"]
+    fewer = mock.patch.object(instructions, "held_out_sentences", lambda: {"crawl"})
+    with fewer, pytest.raises(BadInput, match="words"):
+        make("hurt", RESUME=True).main()
     make("hurt", RESUME=True).main()
     make("alone").main()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "hurt")]
