@@ -29,7 +29,7 @@ from car_racing_env import BRAKE, FRAME_SKIP, GAS, LEFT, NO_OP, RIGHT
 from fast import git_forward
 from support import cards
 from support.checkpoints import load_git, picture_size
-from support.checks import BadInput, check_same, read_json, read_weights
+from support.checks import BadInput, check_same, check_shapes, read_json, read_weights
 from support.run_files import ROOT, write_file, write_json
 
 PROMPT = "What should the vehicle do in this scenario?"
@@ -223,10 +223,7 @@ class GitText2ActionWithPrompt(nn.Module):
 
     def load_trained(self, weights, file):
         """Load what `trained_parameters` returned; BadInput names `file` if it is of another model."""
-        ours = {name: p.shape for name, p in self.trained_parameters().items()}
-        theirs = {name: p.shape for name, p in weights.items()}
-        unexpected = dict.fromkeys(theirs.keys() - ours.keys())
-        check_same(file, theirs, ours | unexpected, "rerun ppo_git_with_prompt.py")
+        check_shapes(file, weights, self.trained_parameters(), "rerun ppo_git_with_prompt.py")
         self.load_state_dict(weights, strict=False)
 
     def prepare(self):

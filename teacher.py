@@ -11,7 +11,7 @@ from torch import nn
 
 from car_racing_env import BRAKE, FRAME_SKIP, GAS, LEFT, RIGHT, make_env
 from road import STATE_SIZE, encode_state, read_state
-from support.checks import BadInput, check_same, read_weights
+from support.checks import BadInput, check_shapes, read_weights
 from support.run_files import ROOT
 from targets import RACE, SIDE, SPEED_SCALE, TARGET_SIZE, Target
 
@@ -119,12 +119,11 @@ class Teacher(nn.Module):
 
 def load_teacher(path=TEACHER):
     """The teacher from its safetensors file, ready to act."""
-    path = ROOT / path
+    path, remedy = ROOT / path, "restore it with git checkout, or run python -m offline.train_teacher"
     if not path.exists():
-        raise BadInput(f"no teacher in {path}: restore it with git checkout, or run python -m offline.train_teacher")
+        raise BadInput(f"no teacher in {path}: {remedy}")
     teacher, weights = Teacher(), read_weights(path)
-    saved, ours = ({name: tuple(p.shape) for name, p in x.items()} for x in (weights, teacher.state_dict()))
-    check_same(path, saved, ours, "restore it with git checkout, or run python -m offline.train_teacher")
+    check_shapes(path, weights, teacher.state_dict(), remedy)
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False)
 

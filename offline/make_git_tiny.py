@@ -117,10 +117,7 @@ def drive(track_seed):
 def collect(tracks, num_frames):
     """The first frames of `tracks`, uint8 (N, 96, 96, 3), a dict of answers for each, its speed and offset."""
     frames, answers, motion = [], [], []
-    with (
-        processes.workers(NUM_WORKERS) as run_jobs,
-        tqdm(total=num_frames, unit="frame", mininterval=5) as bar,
-    ):
+    with processes.workers(NUM_WORKERS) as run_jobs, tqdm(total=num_frames, unit="frame", mininterval=5) as bar:
         for new_frames, new_answers, new_motion in run_jobs(drive, tracks):
             frames.extend(new_frames)
             answers.extend(new_answers)
@@ -357,8 +354,6 @@ def main():
     validation_frames, validation_answers, validation_motion = collect(VALIDATION_TRACKS, VALIDATION_FRAMES)
     processor = make_processor(answers)
     words = run_files.facts_hash(sorted(processor.tokenizer.get_vocab().items()))
-    if RESUME:
-        checks.check_same(STATE, state, {"words": words}, "put them back, or set RESUME to False")
     train = torch.from_numpy(frames), Texts(processor.tokenizer, answers), np.array(motion)
     validation_texts = Texts(processor.tokenizer, validation_answers)
     validation = torch.from_numpy(validation_frames), validation_texts, np.array(validation_motion)
@@ -370,6 +365,7 @@ def main():
     parts, first = {"git": model.git, "optimizer": optimizer, "schedule": schedule}, 0
     losses, scores = [], {}
     if RESUME:
+        checks.check_same(STATE, state, {"words": words}, "put them back, or set RESUME to False")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first, losses, scores = state["step"], state["losses"], state["scores"]

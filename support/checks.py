@@ -70,6 +70,12 @@ def check_same(artifact, saved, ours, remedy):
             raise BadInput(f"{artifact} was made with {name} = {saved.get(name)!r}, now it is {value!r}: {remedy}")
 
 
+def check_shapes(file, weights, ours, remedy):
+    """Raise BadInput if tensors `weights` of a file have other names or shapes than `ours`, both dicts by name."""
+    saved, now = ({name: tuple(p.shape) for name, p in tensors.items()} for tensors in (weights, ours))
+    check_same(file, saved, dict.fromkeys(saved) | now, remedy)
+
+
 def read_json(path, remedy="restore it, or run the script that writes it again"):
     """A json file's object; BadInput names the file if it is missing or damaged."""
     try:
