@@ -14,7 +14,6 @@ The heads' last layers start at zero, so the untrained policy takes the most pro
 import functools
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -182,96 +181,9 @@ class GitText2ActionWithPrompt(nn.Module):
         self.to(self.device)
         self.prepare()
 
-    @classmethod
-    def from_pretrained(cls, name, **head):
-        """Frozen: an adapter of stage 2 merged into its base, or a GIT base, by folder or the Hub's name."""
-        git, processor, source = load_git(str(name), task())
-        return cls(git.eval().requires_grad_(False).to(device()), processor, source, **head)
-
-    @classmethod
-    def from_policy(cls, folder):
-        """A policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
-        folder = Path(folder)
-        remedy = "put it back, or rerun ppo_git_with_prompt.py"
-        facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name results/published/policy")
-        weights = read_weights(folder / "policy.safetensors")
-        check_same(f"{folder}/", facts, task(), remedy)
-        head = {name: facts[name] for name in HEAD_FACTS}
-        model = cls.from_pretrained(facts.get("adapter") or facts.get("base_model"), **head)
-        made_on = {name: model.source[name] for name in ("base_fingerprint", "adapter_hash")}
-        check_same(f"{folder}/", facts, made_on, remedy)
-        if facts.get("lora_rank"):
-            model.add_lora(facts["lora_rank"], facts["lora_alpha"])
-        model.load_trained(weights, f"{folder}/policy.safetensors")
-        model.git.requires_grad_(False)
-        return model
-
-    def save_policy(self, folder, **facts):
-        """Write `policy.safetensors` (the trained weights), `policy.json` (what they stand on, `facts`) and a card."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        facts |= self.source | task() | {name: getattr(self, name) for name in HEAD_FACTS}
-        weights = {name: p.contiguous() for name, p in self.trained_parameters().items()}
-        write_file(folder / "policy.safetensors", save(weights))
-        write_json(folder / "policy.json", facts)
-        shown = folder.resolve().relative_to(ROOT) if folder.resolve().is_relative_to(ROOT) else folder
-        write_file(folder / "README.md", cards.policy_card(shown, facts).encode())
-
-    def trained_parameters(self):
-        """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA, if any."""
-        return {name: p.detach() for name, p in self.named_parameters() if "_head." in name or "lora_" in name}
-
-    def load_trained(self, weights, file):
-        """Load what `trained_parameters` returned; BadInput names `file` if it is of another model."""
-        check_shapes(file, weights, self.trained_parameters(), "rerun ppo_git_with_prompt.py")
-        self.load_state_dict(weights, strict=False)
-
-    def prepare(self):
-        """Read the backbone's present weights into the fast pass, which answers with them from now on."""
-        assert not self.trains_lora, "the answers stay those without the LoRA that PPO trains"
-        self.weights = git_forward.prepare(self.base, self.processor.image_processor)
-
-    def add_lora(self, rank, alpha):
-        """Put a fresh, trainable LoRA on the (merged) backbone, for the features; the answers stay those without it."""
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"({BACKBONE_LAYERS})")
-        self.git, self.trains_lora = get_peft_model(self.git, config).eval(), True
-        self.source = self.source | {"lora_rank": rank, "lora_alpha": alpha}
-
-    @property
-    def base(self):
-        """The `GitForCausalLM`, without the PEFT model that may be around it."""
-        return self.git.get_base_model() if isinstance(self.git, PeftModel) else self.git
-
-    @property
-    def device(self):
-        return self.base.output.weight.device
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
-    def prompts(self, instructions, count, ending=(), question=None):
-        """Padded token ids int64 (count, T) of instruction, question and `ending`, and their lengths int64 (count,)."""
-        each = [instructions] if isinstance(instructions, str) else instructions
-        each = each[:1] if len(set(each)) == 1 else each  # one prompt for all is expanded
-        question = self.question if question is None else question
-        each = [prompt_ids(self.processor.tokenizer, told, question) + [*ending] for told in each]
-        longest = max(map(len, each)) - len(ending)
-        room = len(self.weights.text_positions) - max(map(len, self.answers)) - 1  # without answer and [SEP]
-        if longest > room:
-            raise BadInput(f"a prompt of {longest} tokens: this model takes {room}; say it in fewer words")
-        lengths = torch.tensor([len(ids) for ids in each], device=self.device)
-        padding = self.processor.tokenizer.pad_token_id
-        tokens = pad_sequence([torch.tensor(ids) for ids in each], batch_first=True, padding_value=padding)
-        return tokens.to(self.device).expand(count, -1), lengths.expand(count)
-
-    def pixels(self, frames):
-        return resize(torch.as_tensor(frames).to(self.device), self.processor.image_processor)
-
-    def read(self, weights, frames, instructions, ending=()):
-        """One pass: states of the prompt's last token and of the E tokens `ending`, float32 (B, 1 + E, hidden)."""
-        tokens, lengths = self.prompts(instructions, len(frames), ending)
-        with self.autocast():
-            return git_forward.read(weights, self.pixels(frames), tokens, lengths, 1 + len(ending))[0]
+    def forward(self, frames, instructions=""):
+        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,)."""
+        return self.head(*self.encode(frames, instructions))
 
     @torch.no_grad()
     def encode(self, frames, instructions=""):
@@ -296,20 +208,6 @@ class GitText2ActionWithPrompt(nn.Module):
             state = self.read(self.weights, frames, instructions)[:, 0]
         return state  # an input of the heads that the frames show is joined here; feature_size counts it
 
-    @torch.no_grad()
-    def ask(self, frames, question, instruction=""):
-        """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens."""
-        tokenizer, (tokens, lengths) = self.processor.tokenizer, self.prompts(instruction, len(frames), (), question)
-        room = min(MAX_ANSWER_TOKENS, len(self.weights.text_positions) - tokens.shape[1])
-        stop = tokenizer.sep_token_id
-        with self.autocast():
-            rows = git_forward.generate(self.weights, self.pixels(frames), tokens, lengths, stop, room)
-        return [tokenizer.decode(row, skip_special_tokens=True).replace(" - ", "-") for row in rows]  # "forty-five"
-
-    def answer(self, frames, instructions=""):
-        """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says."""
-        return [parse_answer(text) or text for text in self.ask(frames, self.question, instructions)]
-
     def head(self, features, answer_log_probs, dropout=None):
         """Action logits (B, 5) and value (B,) from stored features.
 
@@ -331,6 +229,108 @@ class GitText2ActionWithPrompt(nn.Module):
         kept = torch.rand(batch_size, self.head_size, device=self.device, generator=generator) >= self.dropout
         return kept / (1 - self.dropout)
 
-    def forward(self, frames, instructions=""):
-        """Frames uint8 (B, 96, 96, 3) -> action logits (B, 5) in the order of ANSWERS, and value (B,)."""
-        return self.head(*self.encode(frames, instructions))
+    def answer(self, frames, instructions=""):
+        """What the vehicle should do, in words: one of ANSWERS for each frame, or whatever else the model says."""
+        return [parse_answer(text) or text for text in self.ask(frames, self.question, instructions)]
+
+    @torch.no_grad()
+    def ask(self, frames, question, instruction=""):
+        """Greedily generated answers to any question, one string per frame, at most MAX_ANSWER_TOKENS tokens."""
+        tokenizer, (tokens, lengths) = self.processor.tokenizer, self.prompts(instruction, len(frames), (), question)
+        room = min(MAX_ANSWER_TOKENS, len(self.weights.text_positions) - tokens.shape[1])
+        stop = tokenizer.sep_token_id
+        with self.autocast():
+            rows = git_forward.generate(self.weights, self.pixels(frames), tokens, lengths, stop, room)
+        return [tokenizer.decode(row, skip_special_tokens=True).replace(" - ", "-") for row in rows]  # "forty-five"
+
+    def read(self, weights, frames, instructions, ending=()):
+        """One pass: states of the prompt's last token and of the E tokens `ending`, float32 (B, 1 + E, hidden)."""
+        tokens, lengths = self.prompts(instructions, len(frames), ending)
+        with self.autocast():
+            return git_forward.read(weights, self.pixels(frames), tokens, lengths, 1 + len(ending))[0]
+
+    def prompts(self, instructions, count, ending=(), question=None):
+        """Padded token ids int64 (count, T) of instruction, question and `ending`, and their lengths int64 (count,)."""
+        each = [instructions] if isinstance(instructions, str) else instructions
+        each = each[:1] if len(set(each)) == 1 else each  # one prompt for all is expanded
+        question = self.question if question is None else question
+        each = [prompt_ids(self.processor.tokenizer, told, question) + [*ending] for told in each]
+        longest = max(map(len, each)) - len(ending)
+        room = len(self.weights.text_positions) - max(map(len, self.answers)) - 1  # without answer and [SEP]
+        if longest > room:
+            raise BadInput(f"a prompt of {longest} tokens: this model takes {room}; say it in fewer words")
+        lengths = torch.tensor([len(ids) for ids in each], device=self.device)
+        padding = self.processor.tokenizer.pad_token_id
+        tokens = pad_sequence([torch.tensor(ids) for ids in each], batch_first=True, padding_value=padding)
+        return tokens.to(self.device).expand(count, -1), lengths.expand(count)
+
+    def pixels(self, frames):
+        return resize(torch.as_tensor(frames).to(self.device), self.processor.image_processor)
+
+    def autocast(self):
+        """On a GPU bfloat16. A CPU acts in float32, where it trains in bfloat16, too: scores are the same on each."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @property
+    def base(self):
+        """The `GitForCausalLM`, without the PEFT model that may be around it."""
+        return self.git.get_base_model() if isinstance(self.git, PeftModel) else self.git
+
+    @property
+    def device(self):
+        return self.base.output.weight.device
+
+    @classmethod
+    def from_pretrained(cls, name, **head):
+        """Frozen: an adapter of stage 2 merged into its base, or a GIT base, by folder or the Hub's name."""
+        git, processor, source = load_git(str(name), task())
+        return cls(git.eval().requires_grad_(False).to(device()), processor, source, **head)
+
+    @classmethod
+    def from_policy(cls, folder):
+        """A policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
+        folder = ROOT / folder
+        remedy = "put it back, or rerun ppo_git_with_prompt.py"
+        facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name results/published/policy")
+        weights = read_weights(folder / "policy.safetensors")
+        check_same(f"{folder}/", facts, task(), remedy)
+        head = {name: facts[name] for name in HEAD_FACTS}
+        model = cls.from_pretrained(facts.get("adapter") or facts.get("base_model"), **head)
+        made_on = {name: model.source[name] for name in ("base_fingerprint", "adapter_hash")}
+        check_same(f"{folder}/", facts, made_on, remedy)
+        if facts.get("lora_rank"):
+            model.add_lora(facts["lora_rank"], facts["lora_alpha"])
+        model.load_trained(weights, f"{folder}/policy.safetensors")
+        model.git.requires_grad_(False)
+        return model
+
+    def prepare(self):
+        """Read the backbone's present weights into the fast pass, which answers with them from now on."""
+        assert not self.trains_lora, "the answers stay those without the LoRA that PPO trains"
+        self.weights = git_forward.prepare(self.base, self.processor.image_processor)
+
+    def add_lora(self, rank, alpha):
+        """Put a fresh, trainable LoRA on the (merged) backbone, for the features; the answers stay those without it."""
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"({BACKBONE_LAYERS})")
+        self.git, self.trains_lora = get_peft_model(self.git, config).eval(), True
+        self.source = self.source | {"lora_rank": rank, "lora_alpha": alpha}
+
+    def trained_parameters(self):
+        """What PPO trains and a policy folder holds, by name, detached: the two heads and a fresh LoRA, if any."""
+        return {name: p.detach() for name, p in self.named_parameters() if "_head." in name or "lora_" in name}
+
+    def load_trained(self, weights, file):
+        """Load what `trained_parameters` returned; BadInput names `file` if it is of another model."""
+        check_shapes(file, weights, self.trained_parameters(), "rerun ppo_git_with_prompt.py")
+        self.load_state_dict(weights, strict=False)
+
+    def save_policy(self, folder, **facts):
+        """Write `policy.safetensors` (the trained weights), `policy.json` (what they stand on, `facts`) and a card."""
+        folder = ROOT / folder
+        folder.mkdir(parents=True, exist_ok=True)
+        facts |= self.source | task() | {name: getattr(self, name) for name in HEAD_FACTS}
+        weights = {name: p.contiguous() for name, p in self.trained_parameters().items()}
+        write_file(folder / "policy.safetensors", save(weights))
+        write_json(folder / "policy.json", facts)
+        shown = folder.resolve().relative_to(ROOT) if folder.resolve().is_relative_to(ROOT) else folder
+        write_file(folder / "README.md", cards.policy_card(shown, facts).encode())

@@ -48,7 +48,7 @@ class Captions(torch.utils.data.Dataset):
 
 
 def choice(items):
-    """One of the items."""
+    """One of the items, by torch's generator."""
     return items[torch.randint(len(items), ())]
 
 

@@ -19,12 +19,15 @@ from road import FollowRoad
 from support.resume import Resumable
 from targets import RACE
 
-ENV_ID = "CarRacing-v3"
+ENV_ID = "CarRacing-v3"  # whose task `make_env` builds; a name for the records
 FPS = stock.FPS
 NO_OP, RIGHT, LEFT, GAS, BRAKE = range(5)  # the simulator's actions
 FRAME_SKIP = 2  # frames per decision; stored with data, adapter and policy, a mismatch is an error
 MAX_FRAMES = 1000  # frames per episode, as in Gymnasium's registration
+MISSED_AT_ONCE = 30  # tiles that training charges for at most in a decision: a car that cuts across many would set the
+# scale of all rewards
 TRAIN_TRACKS = 100_000  # training draws track seeds below; the seeds from here on are kept for evaluation
+VALIDATION, HELD_OUT, TEST = range(100_000, 100_100), range(100_200, 100_300), range(201_000, 201_100)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Rewards:
     penalty_ramp: float = 0.25  # share of the lap over which both penalties grow from 0: a beginner would stand still
     lap_bonus: float = 100.0  # added by a finished lap: about what driving on would be worth; no frame shows the finish
     thrown_grace: int = 300  # frames after a throw that turned the car: neither grass nor missed tiles cost anything
+    # 0 here, of use to the teacher's training (offline/train_teacher.py)
     progress: float = 0.0  # per tile's length along the road, negative backwards: it tells a turned car where to go
     facing: float = 0.0  # per change of the cosine of the car's angle to the road, 2 for a half turn
     # told a speed, keeping it pays in place of the tiles, about what racing pays, and no tile left behind costs; told a
@@ -127,10 +131,10 @@ class TrainingRewards(gym.Wrapper):
         target = self.get_wrapper_attr("told").target if self.instructed else RACE  # of this decision
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.episode_return += reward
-        newly_missed, grass_frames, penalty_scale = self._look_at_the_road()
+        newly_missed, penalty_scale = self._look_at_the_road()
         self.grace = self.rewards.thrown_grace if info.get("thrown") else max(0, self.grace - self.frame_skip)
         end = episode_end(terminated, truncated, info)
-        if not end and grass_frames >= self.rewards.grass_limit and not self.grace:
+        if not end and self.grass_frames >= self.rewards.grass_limit and not self.grace:
             terminated, end = True, "grass"
 
         reward = clipped(reward, self.rewards.clip) if target.speed is None else 0.0
@@ -176,7 +180,7 @@ class TrainingRewards(gym.Wrapper):
         return math.cos(self.get_wrapper_attr("road").heading - self.unwrapped.car.hull.angle)
 
     def _look_at_the_road(self):
-        """Tiles newly left behind unvisited, frames since a wheel touched the road, the penalties' present share."""
+        """Tiles newly left behind unvisited, and the penalties' present share; counts `grass_frames`."""
         base = self.unwrapped
         touched = [tile.idx for wheel in base.car.wheels for tile in wheel.tiles]
         self.grass_frames = 0 if touched else self.grass_frames + self.frame_skip
@@ -184,10 +188,9 @@ class TrainingRewards(gym.Wrapper):
         ahead = (i for i in touched if i - self.furthest_tile < len(base.track) / 2)
         self.furthest_tile = max([self.furthest_tile, *ahead])
         missed = max(self.missed_tiles, self.furthest_tile + 1 - base.tile_visited_count)
-        # a car that cuts across pays for 30 tiles at most: it should not set the scale of all rewards
-        newly_missed, self.missed_tiles = min(30, missed - self.missed_tiles), missed
+        newly_missed, self.missed_tiles = min(MISSED_AT_ONCE, missed - self.missed_tiles), missed
         ramp = max(1.0, self.rewards.penalty_ramp * len(base.track))
-        return newly_missed, self.grass_frames, min(1.0, base.tile_visited_count / ramp)
+        return newly_missed, min(1.0, base.tile_visited_count / ramp)
 
 
 class Instructed(gym.Wrapper):

@@ -32,25 +32,27 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 import questions
+import targets
 import teacher as teacher_file
-from car_racing_env import FRAME_SKIP, TRAIN_TRACKS
+from car_racing_env import FRAME_SKIP, TRAIN_TRACKS, VALIDATION
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt, answer_of, to_simulator
 from perturbations import RandomBursts, Throws
 from road import read_state
 from support import cards, checks, plots, processes, run_files
 from support.checkpoints import TASK_FILE
 from support.run_files import ROOT
-from targets import RACE
+from targets import RACE, STANDING
 from teacher import TEACHER, PrivilegedState, load_teacher
 
-# who drives: "teacher", a PPO policy's folder such as "results/policy", or an adapter's, whose answers drive
+# who drives: "teacher", or the folder of a PPO policy such as "results/policy", or of an adapter, whose most probable
+# answer drives
 POLICY = "teacher"
 ANSWER_BY = "teacher"  # who answers: "teacher" (with another one driving: DAgger), or "policy", the driver itself
 OUTPUT_DIR = "CarRacing-Data"
 
 TRAIN_FRAMES = 45_000
 VALIDATION_FRAMES = 2_000
-VALIDATION_TRACKS = range(100_000, 100_100)
+VALIDATION_TRACKS = VALIDATION
 KEEP = 0.25  # share of decisions that are written: neighbours look alike, and only what is written is drawn
 BURST_START = 0.025  # chance per decision that random actions take over, so that recoveries are in the data
 BURST_LONGEST = 7  # decisions
@@ -71,18 +73,17 @@ def load_drivers(policy):
     torch.set_num_threads(1)
     if policy == "teacher":
         return load_teacher(), None
-    is_adapter = (ROOT / policy / TASK_FILE).exists()
-    if is_adapter:  # its answers drive, whatever LANGUAGE_PRIOR is for PPO
-        return load_teacher(), GitText2ActionWithPrompt.from_pretrained(ROOT / policy, language_prior=1.0)
-    return load_teacher(), GitText2ActionWithPrompt.from_policy(ROOT / policy)
+    if (ROOT / policy / TASK_FILE).exists():  # an adapter: its answers drive, whatever LANGUAGE_PRIOR is for PPO
+        return load_teacher(), GitText2ActionWithPrompt.from_pretrained(policy, language_prior=1.0)
+    return load_teacher(), GitText2ActionWithPrompt.from_policy(policy)
 
 
 def answer_for(action, car):
-    """The answer that says the simulator's `action`; `car` is the `State` in which it is taken."""
+    """The answer that says the simulator's `action`; `car`, the `State` in which it is taken, is for finer answers."""
     return answer_of(action)
 
 
-def make_env(track_seed):
+def make_collecting_env(track_seed):
     """The plain task without pictures, in which the driver is told things, does random ones, and is thrown about."""
     env = Throws(car_racing_env.make_env(draw=False), THROWN, THROWN, SPED_UP)
     env = car_racing_env.Instructed(env, functools.partial(instructions.draw, share=TOLD_SHARE), CHANGE)
@@ -120,7 +121,7 @@ def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_
     """
     teacher, model = load_drivers(policy)
     rng = np.random.default_rng([track_seed, 4])
-    with contextlib.closing(make_env(track_seed)) as env:
+    with contextlib.closing(make_collecting_env(track_seed)) as env:
         base = env.unwrapped
         _, info = env.reset(seed=track_seed)
         frames, rows, slow, end = [], [], 0, ""
@@ -148,7 +149,7 @@ def collect_episode(track_seed, split="taught", policy=POLICY, answer_by=ANSWER_
                 frames.append(frame)
             _, _, terminated, truncated, info = env.step(int(action))
             end = car_racing_env.episode_end(terminated, truncated, info)
-            moving = base.car.hull.linearVelocity.length > 2 or base.t < 1 or driving.target.speed == 0
+            moving = base.car.hull.linearVelocity.length > STANDING or base.t < 1 or driving.target.speed == 0
             slow = 0 if moving else slow + FRAME_SKIP
             if slow >= STUCK_LIMIT:
                 return [], []
@@ -214,7 +215,7 @@ def main():
     facts |= {"instructions": instructions.digest(), "questions": questions.digest()}
     weights = sorted((ROOT / POLICY).glob("*.safetensors"))  # none where the teacher drives
     facts |= {f"driver_{path.stem}_hash": run_files.file_hash(path) for path in weights}
-    modules = (model_file, car_racing_env, perturbations, teacher_file)
+    modules = (model_file, car_racing_env, perturbations, targets, teacher_file)
     run = run_files.describe_run(globals(), *map(vars, modules), **facts)
     print(
         f"{POLICY} drives, {ANSWER_BY} answers: {TRAIN_FRAMES:,} + {VALIDATION_FRAMES:,} frames to {OUTPUT_DIR}/, 2 to "

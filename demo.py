@@ -11,6 +11,7 @@ has a `Session`: one or two drives on one track, in a thread of its own, which s
 """
 
 import base64
+import contextlib
 import functools
 import gc
 import io
@@ -32,7 +33,6 @@ from car_racing_env import BRAKE, FPS, FRAME_SKIP, GAS, LEFT, RIGHT
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, answer_of, differs, unknown_words
 from phrasings import INSTRUCTIONS
 from support import checks, web
-from support.run_files import ROOT
 from targets import RACE
 
 HOST = "127.0.0.1"  # this machine only; "0.0.0.0" lets others in
@@ -290,7 +290,10 @@ def make_server(model):
 
 def main():
     torch.set_num_threads(1)
-    make_server(GitText2ActionWithPrompt.from_policy(ROOT / POLICY)).run()
+    server = make_server(GitText2ActionWithPrompt.from_policy(POLICY))
+    gc.freeze()  # the collection after a visit, 0.3 s with all that the libraries made, need not look at what stays
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        server.run()
 
 
 if __name__ == "__main__":

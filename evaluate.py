@@ -2,8 +2,9 @@
 
 Reads a driver: nothing ("random"), offline/teacher.safetensors ("teacher"), the fine-tuned adapter ("answers": it says
 words, the words drive) or a PPO policy ("policy"). Writes RESULTS_DIR/eval_<driver>_<first track>.json, the instruction
-in its name if there is one, and, with VIDEO, a video; with another POLICY, MODEL or NUM_TRACKS it replaces them unless
-RESULTS_DIR is another one, too. The task is the plain one: no training rewards, no early stop, 1000 frames at most.
+in its name if there is one, and, with VIDEO, a video. Their names do not say POLICY, MODEL and NUM_TRACKS: a run with
+another one replaces them, unless RESULTS_DIR is another one, too. The task is the plain one: no training rewards, no
+early stop, 1000 frames at most.
 
     python evaluate.py      # 100 tracks of the PPO policy: 1 to 4 minutes on two CPU cores
 """
@@ -33,7 +34,7 @@ from teacher import TEACHER, load_teacher, make_evaluation_env
 
 DRIVER = "policy"  # "random", "teacher", "answers" or "policy"
 INSTRUCTION = ""  # in force for the whole drive: "Keep left."; the teacher takes a name of phrasings.py: "left"
-FIRST_TRACK = 100_000  # 100,000-100,099 validation, 100,200-100,299 held out, 201,000-201,099 test
+FIRST_TRACK = 100_000  # of VALIDATION; of HELD_OUT 100_200, of TEST 201_000 (car_racing_env.py)
 NUM_TRACKS = 100
 NUM_ENVS = 10  # simulated side by side
 NUM_WORKERS = 2  # processes that share them, and threads that ask the driver
@@ -43,8 +44,7 @@ MODEL = "lora_git_caption_model_carllava"  # for "answers": an adapter or a base
 POLICY = "results/policy"  # for "policy"
 RESULTS_DIR = "results"
 VIDEO = True  # also film the first track
-WATCH = False  # also show the first track live in a window, with the answer below it
-HEAT_MAP = False  # in film and window: lay over the picture what the prompt's last token attends to
+HEAT_MAP = False  # in the film: lay over the picture what the prompt's last token attends to
 SEED = 0  # of the random driver
 
 
@@ -138,7 +138,7 @@ DRIVERS = {
     "random": lambda: Random(SEED),
     "teacher": Teacher,
     "answers": lambda: Answers(GitText2ActionWithPrompt.from_pretrained(MODEL)),
-    "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(ROOT / POLICY)),
+    "policy": lambda: Policy(GitText2ActionWithPrompt.from_policy(POLICY)),
 }
 
 
@@ -241,8 +241,6 @@ def main():
     if INSTRUCTION:
         tell(driver, named_target(INSTRUCTION) if DRIVER == "teacher" else INSTRUCTION)
     results_dir = run_files.check_writable(ROOT / RESULTS_DIR)
-    if WATCH:
-        film.check_display()
     tracks = range(FIRST_TRACK, FIRST_TRACK + NUM_TRACKS)
     facts = {
         "driver": DRIVER,
@@ -260,15 +258,13 @@ def main():
         "ends": [r["end"] for r in results],
     }
     facts |= summary | {"seconds": round(time.time() - began, 1)} | lists
-    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall("[a-z0-9]+", INSTRUCTION.lower())])[:200]  # names end at 255
+    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"\w+", INSTRUCTION.lower())])[:200]  # names end at 255
     run_files.write_json(results_dir / f"eval_{name}.json", facts)
     print("{mean:.1f} ± {std:.1f}, min {min:.0f}, {laps_finished_percent:.0f} % laps".format(**summary))
     print(f"wrote {RESULTS_DIR}/eval_{name}.json")
     if VIDEO:
         film.record_video(driver, tracks[0], results_dir / f"video_{name}.mp4", HEAT_MAP)
         print(f"wrote {RESULTS_DIR}/video_{name}.mp4")
-    if WATCH:
-        film.watch(driver, tracks[0], HEAT_MAP)
     print("next: another DRIVER or FIRST_TRACK here, or a policy as POLICY in collect_captions.py")
 
 

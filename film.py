@@ -1,4 +1,4 @@
-"""A drive as pictures: the frame with question, answer, action and probabilities below it, as an mp4 or in a window.
+"""A drive as pictures: the frame with question, answer, action and probabilities below it, as an mp4.
 
 Reads and writes what it is told to; used by evaluate.py, ppo_git_with_prompt.py and demo.py.
 """
@@ -8,7 +8,6 @@ import functools
 
 import imageio
 import numpy as np
-import pygame
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -59,7 +58,7 @@ class Drive:
         return self.env.unwrapped.car.hull.linearVelocity.length
 
     def step(self, action):
-        """Act."""
+        """Do the simulator's `action`."""
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
         self.total, self.decision = self.total + reward, self.decision + 1
         self.end = episode_end(terminated, truncated, self.info)
@@ -100,36 +99,6 @@ def record_video(driver, track_seed, path, heat_map=False):
     return total
 
 
-def check_display():
-    """Fail before the driving if `watch` will find no screen."""
-    try:
-        pygame.display.init()
-        screen = pygame.display.get_driver()
-    except pygame.error as error:
-        screen = str(error)
-    found = pygame.display.get_init() and screen != "offscreen"  # SDL's invisible one, where there is no other
-    pygame.display.quit()
-    if not found:
-        raise BadInput(f"WATCH = True in evaluate.py, but there is no display ({screen}): set it to False")
-
-
-def watch(driver, track_seed, heat_map=False):
-    """Show a driver on one track in a window, at the simulator's speed or slower; closing it stops."""
-    pygame.display.init()
-    window = pygame.display.set_mode((600, 560))
-    pygame.display.set_caption(f"track {track_seed}")
-    clock = pygame.time.Clock()
-    try:
-        for picture, _ in drive(driver, track_seed, heat_map):
-            if any(event.type == pygame.QUIT for event in pygame.event.get()):
-                break
-            pygame.surfarray.blit_array(window, picture.swapaxes(0, 1))
-            pygame.display.flip()
-            clock.tick(FPS / FRAME_SKIP)
-    finally:
-        pygame.display.quit()
-
-
 @torch.no_grad()
 def attention(model, frames, instruction=""):
     """Where the prompt's last token looks: (B, n, n), attention to the patches in the last layer, mean of heads."""
@@ -141,9 +110,9 @@ def attention(model, frames, instruction=""):
     return rows[:, 1 : 1 + n * n].unflatten(1, (n, n))  # after the image's own [CLS]
 
 
-def overlay(frame, attention):
-    """A frame uint8 (H, W, 3) with an attention map (n, n) laid over it in red: the strongest patch is half red."""
-    heat = Image.fromarray(attention / attention.max()).resize(frame.shape[1::-1], Image.BILINEAR)
+def overlay(frame, weights):
+    """A frame uint8 (H, W, 3) with attention `weights` (n, n) laid over it in red: the strongest patch is half red."""
+    heat = Image.fromarray(weights / weights.max()).resize(frame.shape[1::-1], Image.BILINEAR)
     heat = 0.5 * np.asarray(heat)[..., None]
     return (frame * (1 - heat) + heat * np.array([255, 40, 40])).astype(np.uint8)
 

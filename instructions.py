@@ -99,7 +99,7 @@ def varied(sentence, rng):
         small_talk_first = rng.integers(2) == 0
         small_talk = phrase("chatter", rng)
         said = f"{small_talk} {said}" if small_talk_first else f"{said} {small_talk}"
-    return sentence if is_held_out("", said) else said
+    return said
 
 
 def garbled(rng):

@@ -9,8 +9,8 @@ run.json, tensorboard/.
 What differs from textbook PPO: the backbone is frozen and runs once per decision, the epochs train the heads on its
 stored features; the language model's answer is added to the action logits as a prior; dropout masks are stored too, so
 that the ratio is 1 before the first step; the policy stands still while the value warms up; advantages are centred, not
-scaled; rewards weigh mistakes against haste as the task does; a running average of the weights is kept.
-"""
+scaled; mistakes are charged several times what the task charges, as discounting overpays haste; a running average of
+the weights is kept."""
 
 import contextlib
 import functools
@@ -29,7 +29,8 @@ import film
 import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
-from car_racing_env import FRAME_SKIP
+import targets
+from car_racing_env import FRAME_SKIP, VALIDATION
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, processes, run_files
 
@@ -54,7 +55,7 @@ VALUE_LEARNING_RATE = 1e-3
 GAMMA = 0.98  # per decision, two seconds ahead: what a frame shows; further on the value is noise
 GAE_LAMBDA = 0.95
 CLIP = 0.2
-ENTROPY_COEF = 0.0
+ENTROPY_COEF = 0.0  # the prior's floor and KL_COEF keep it exploring
 KL_COEF = 0.01  # pull towards the prior: the model's answers, or with LANGUAGE_PRIOR = 0 an even spread
 VALUE_COEF = 0.5  # the heads share only the clipping of their gradients, and with TRAIN_LORA the LoRA
 MAX_GRAD_NORM = 0.5
@@ -67,7 +68,7 @@ LORA_ALPHA = 16
 LORA_LEARNING_RATE = 1e-4
 
 EVALUATIONS = 4  # evenly spread over the run, besides the one before training
-EVAL_TRACKS = range(100_000, 100_020)  # validation tracks
+EVAL_TRACKS = VALIDATION[:20]
 VIDEO_EVERY = 200  # finished training episodes, and after 10, of the first of EVAL_TRACKS; 0: at the end only
 
 # what a resumed run may change: none of it decides a number, but for TOTAL_UPDATES, which the learning rate follows,
@@ -135,18 +136,18 @@ def explained_variance(value, returns):
     return (1 - (returns - value).var() / (returns.var() + 1e-8)).item()
 
 
-def make_envs(seed, num_envs=NUM_ENVS, rewards=None, frame_skip=FRAME_SKIP, rank=0, draw=instructions.draw):
+def make_envs(seed, num_envs=NUM_ENVS, rewards=None, frame_skip=FRAME_SKIP, rank=0, draw_instruction=instructions.draw):
     """A context with the training environments, a list of `Simulators`; enter it before torch starts its threads.
 
     `rewards` None are `car_racing_env.REWARDS`.
     """
     rewards = rewards or car_racing_env.REWARDS
-    instructed = {"draw_instruction": draw, "change": CHANGE, "thrown": THROWN}
+    instructed = {"draw_instruction": draw_instruction, "change": CHANGE, "thrown": THROWN}
     makers = []
     for i in range(num_envs):
         env_seed = seed * 10_000 + rank * num_envs + i
-        told = instructed if i < INSTRUCTED_SHARE * num_envs else {}
-        makers.append(functools.partial(car_racing_env.make_training_env, env_seed, rewards, frame_skip, **told))
+        extras = instructed if i < INSTRUCTED_SHARE * num_envs else {}
+        makers.append(functools.partial(car_racing_env.make_training_env, env_seed, rewards, frame_skip, **extras))
     return processes.simulators(makers, "SAME_STEP", NUM_WORKERS)
 
 
@@ -201,9 +202,12 @@ def rollout(envs, obs, generator, model, num_steps):
 
 def rollouts(workers, observations, generators, model, num_steps):
     """A `rollout` for each of `workers`, each in a thread; returns the list of the next `obs`, and the rest joined."""
-    with ThreadPoolExecutor(len(workers)) as pool:
+    pool = ThreadPoolExecutor(len(workers))
+    try:
         each = pool.map(functools.partial(rollout, model=model, num_steps=num_steps), workers, observations, generators)
         observations, parts, episodes, obedience = zip(*each)
+    finally:
+        pool.shutdown(wait=False)  # after Ctrl-C a thread ends with its simulators, not with its rollout
     sentences = np.concatenate([part.pop("instructions") for part in parts], 1)
     data = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     return observations, data | {"instructions": sentences}, sum(episodes, []), sum(obedience, [])
@@ -279,8 +283,8 @@ def train(
         vars(normalizer).update(state["normalizer"])
         own = state["processes"][accelerator.process_index]
         torch.set_rng_state(own["rng"])  # the minibatches are drawn by it
-        for envs, generator, (episodes, drawn) in zip(workers, generators, own["workers"], strict=True):
-            envs.set_attr("resume_from", episodes)
+        for envs, generator, (snapshots, drawn) in zip(workers, generators, own["workers"], strict=True):
+            envs.set_attr("resume_from", snapshots)
             generator.set_state(drawn)
     observations = [observe(*envs.reset()) for envs in workers]
 
@@ -339,7 +343,7 @@ def main():
                 each.add_lora(LORA_RANK, LORA_ALPHA)
         torch.manual_seed(SEED + rank)  # every process has the same heads, and acts by draws of its own
         facts = {"processes": world_size, "device": model.device.type, "instructions": instructions.digest()}
-        modules = (model_file, car_racing_env, perturbations)
+        modules = (model_file, car_racing_env, perturbations, targets)
         run = run_files.describe_run(globals(), *map(vars, modules), **facts | model.source)
         driver = evaluate.Policy(averaged)
         state = None
@@ -356,7 +360,7 @@ def main():
         evaluate_at = {TOTAL_UPDATES, *(TOTAL_UPDATES * i // EVALUATIONS for i in range(EVALUATIONS))}
         bar = tqdm(total=TOTAL_UPDATES, initial=state["update"] if state else 0, unit="update", disable=rank > 0)
         stack.enter_context(bar)  # an error begins a line of its own
-        training = train(
+        training = train(  # the defaults are those of the import, a sweep sets the constants later
             model, workers, accelerator, state, total_updates=TOTAL_UPDATES, num_steps=NUM_STEPS, k_epochs=K_EPOCHS,
             gamma=GAMMA, normalize_return=NORMALIZE_RETURN,
         )  # fmt: skip

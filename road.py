@@ -22,8 +22,8 @@ class Road:
     `tile` is the index of the nearest one in `track` (N, 4: alpha, heading, x, y), followed along the road, as tracks
     pass close to themselves; a car beside the road and twice as close to another stretch of it took a short cut, of
     which there were `short_cuts`, and is followed there. `offset` is the distance from the middle, right positive;
-    `heading` the road's; `travelled` the tiles' lengths driven along the road since `look` was first called, backwards
-    negative, short cuts not counted.
+    `heading` the road's, `along` how far past the tile it is, in tiles; `travelled` the tiles' lengths driven along the
+    road since `look` was first called, backwards negative, short cuts not counted.
     """
 
     def __init__(self, env):

@@ -12,6 +12,10 @@ SIDE = 3.2  # units from the middle of the road; its edges are at 6.7
 SPEED_SCALE = 50.0  # units per second that the teacher reads as 1
 TARGET_SIZE = 5
 
+# errors that count as 1, the most there is, where a target kept is rewarded
+SPEED_ERROR = 80.0  # units per second
+SIDE_ERROR = 6.0  # units
+
 # when an instruction counts as obeyed
 SPEED_TOLERANCE = 5.0  # units per second around a speed
 MIDDLE = 2.2  # units around the middle of the road that count as the middle: a third of its width
@@ -38,12 +42,12 @@ class Target:
         )
 
     def speed_error(self, speed):
-        """0 at the speed asked for, growing with the square root of the error to 1 at 80 units per second."""
-        return 0.0 if self.speed is None else (min(abs(speed - self.speed), 80.0) / 80) ** 0.5
+        """0 at the speed asked for, growing with the square root of the error to 1 at SPEED_ERROR."""
+        return 0.0 if self.speed is None else (min(abs(speed - self.speed), SPEED_ERROR) / SPEED_ERROR) ** 0.5
 
     def side_error(self, offset):
-        """0 at the offset asked for, 1 from 6 units beside it on."""
-        return 0.0 if self.side is None else min(abs(offset - self.side), 6.0) / 6
+        """0 at the offset asked for, 1 from SIDE_ERROR beside it on."""
+        return 0.0 if self.side is None else min(abs(offset - self.side), SIDE_ERROR) / SIDE_ERROR
 
     def at_speed(self, speed):
         """Whether each of `speed` (T,) is the one asked for: bool (T,)."""

@@ -41,7 +41,7 @@ class PrivilegedState(gym.Wrapper):
 
 
 def mlp(inputs, outputs):
-    """Two hidden layers."""
+    """Two hidden layers: the teacher's, and in its training the critic's."""
     hidden_size = 192
     return nn.Sequential(
         nn.Linear(inputs, hidden_size),

@@ -16,13 +16,13 @@ from pathlib import Path
 import ppo_git_with_prompt as ppo
 import train_git_lora_carllava_style as stage2
 from benchmarks import runs
-from car_racing_env import FRAME_SKIP, REWARDS
+from car_racing_env import FRAME_SKIP, REWARDS, VALIDATION
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import checks
 
 OUTPUT = Path(__file__).parent / "ablations"
 SEEDS = (1, 2)
-TRACKS = range(100_000, 100_100)
+TRACKS = VALIDATION
 CHANGES = {  # name: what `run` changes
     "as it is": {},
     "no return normalisation": {"train": {"normalize_return": False}},

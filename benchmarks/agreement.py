@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 import evaluate
+from car_racing_env import VALIDATION
 from GitText2ActionWithPrompt import ANSWERS, GitText2ActionWithPrompt, to_simulator
 from support import checks, plots, run_files
 from support.run_files import ROOT
 
 POLICY = "results/published/policy"
-TRACKS = range(100_000, 100_020)
+TRACKS = VALIDATION[:20]
 PICTURES = 24
 OUTPUT = Path(__file__).parent
 
@@ -61,7 +62,7 @@ def changes(said, done):
 
 def main():
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    watched = Watched(GitText2ActionWithPrompt.from_policy(ROOT / POLICY))
+    watched = Watched(GitText2ActionWithPrompt.from_policy(POLICY))
     scores = evaluate.evaluate(watched, TRACKS)
     said, before, done = zip(*watched.decisions)
     results = {

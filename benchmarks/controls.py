@@ -223,7 +223,7 @@ def run(arm, seed):
         facts["before_ppo"] = evaluate.score(evaluate.Policy(load()), TRACKS)
     draw = functools.partial(instructions.draw, share=float(arm in TOLD))
     draw = draw_in_numbers if arm == "numbers" else draw
-    measured, driver = runs.run(load, seed, TRACKS, evaluations=ppo.EVALUATIONS, envs={"draw": draw})
+    measured, driver = runs.run(load, seed, TRACKS, evaluations=ppo.EVALUATIONS, envs={"draw_instruction": draw})
     facts |= measured | ({"obeyed": obeyed(driver, arm)} if arm in TOLD else {})
     facts["constants"] |= run_files.constants_of(*namespaces())
     return facts | {"seconds": round(time.time() - began)}

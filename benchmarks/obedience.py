@@ -18,13 +18,13 @@ from tqdm import tqdm
 import evaluate
 import instructions
 from benchmarks import drives
-from car_racing_env import FPS, FRAME_SKIP
+from car_racing_env import FPS, FRAME_SKIP, HELD_OUT
 from phrasings import HELD_OUT_COMBINATIONS, HELD_OUT_SPEEDS, INSTRUCTIONS
 from support import checks, plots, run_files
 from support.plots import plt
 
 DRIVER = "teacher"  # one of evaluate.py, whose constants say which model
-TRACKS = range(100_200, 100_220)
+TRACKS = HELD_OUT[:20]
 WHEN = 50  # decisions before it is told something
 TOLD = 300  # decisions after it
 PAUSE = 125  # decisions between "stop" and "drive on"

@@ -25,7 +25,6 @@ from websockets.sync.client import connect
 import demo
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import checks, run_files
-from support.run_files import ROOT
 
 SESSIONS = (1, 2, 4)
 SECONDS = 20  # per number of sessions
@@ -38,7 +37,7 @@ def serve(port):
     """A server in a process of its own."""
     torch.set_num_threads(1)
     demo.PORT, demo.OPEN_BROWSER = port, False
-    demo.make_server(GitText2ActionWithPrompt.from_policy(ROOT / demo.POLICY)).run()
+    demo.make_server(GitText2ActionWithPrompt.from_policy(demo.POLICY)).run()
 
 
 def visit(address, until, said=()):

@@ -16,12 +16,13 @@ import torch
 import evaluate
 import instructions
 from benchmarks import runs
+from car_racing_env import HELD_OUT
 from GitText2ActionWithPrompt import PROMPT
 from phrasings import HELD_OUT_WORDINGS, INSTRUCTIONS
 from support import checks, run_files
 
 DRIVERS = ("answers", "policy")  # of evaluate.py, whose constants say which model
-TRACKS = range(100_200, 100_220)
+TRACKS = HELD_OUT[:20]
 SENTENCES = 2  # garbled ones, and irrelevant ones
 OUTPUT = Path(__file__).with_suffix(".json")
 

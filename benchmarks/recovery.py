@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 import evaluate
 from benchmarks import drives
-from car_racing_env import FRAME_SKIP
+from car_racing_env import FRAME_SKIP, HELD_OUT
 from support import checks, run_files
 
 DRIVER = "teacher"  # one of evaluate.py, whose constants say which model
-TRACKS = range(100_200, 100_300)
+TRACKS = HELD_OUT
 ROUNDS = 2  # drives on each track, of other angles
 WHEN = 75  # decisions before the turn
 FRAMES = 440

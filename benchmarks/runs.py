@@ -12,11 +12,12 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 import ppo_git_with_prompt as ppo
+import targets
 from car_racing_env import FRAME_SKIP
 from support import checks, processes, run_files
 
 LOADED = run_files.run_facts()  # the commit of this code, not that of the checkout hours later
-MODULES = (ppo, model_file, car_racing_env, perturbations)  # whose constants a run notes
+MODULES = (ppo, model_file, car_racing_env, perturbations, targets)  # whose constants a run notes
 # paths, and which other runs there are
 MAY_CHANGE = ppo.MAY_CHANGE - {"TOTAL_UPDATES", "EVALUATIONS"} | {"ARMS", "IN_WORDS", "TOLD", "SEEDS"}
 FRAMES = ppo.TOTAL_UPDATES * ppo.NUM_ENVS * ppo.NUM_STEPS * FRAME_SKIP  # of the default run

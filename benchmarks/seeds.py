@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import ppo_git_with_prompt as ppo
 from benchmarks import runs
-from car_racing_env import FRAME_SKIP
+from car_racing_env import FRAME_SKIP, TEST
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from offline import train_teacher
 from support import checks
@@ -24,7 +24,7 @@ from teacher import TEACHER
 
 OUTPUT = Path(__file__).parent / "seeds"
 SEEDS = range(10)
-TRACKS = range(201_000, 201_100)
+TRACKS = TEST
 RESAMPLES = 10_000
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile, by seeds, which is degrees of freedom + 1
 # frames that the teacher before was trained on: git-tiny and the first four rounds of captions saw its drives

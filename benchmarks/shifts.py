@@ -14,12 +14,13 @@ import torch
 from torch.nn import functional as F
 
 import evaluate
+from car_racing_env import HELD_OUT
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import checks, run_files
 from support.run_files import ROOT
 
 POLICY = "results/published/policy"
-TRACKS = range(100_200, 100_220)
+TRACKS = HELD_OUT[:20]
 OUTPUT = Path(__file__).parent / "shifts.json"
 
 
@@ -73,7 +74,7 @@ class Shifted:
 
 def main():
     torch.set_num_threads(evaluate.TORCH_THREADS)
-    model = GitText2ActionWithPrompt.from_policy(ROOT / POLICY)
+    model = GitText2ActionWithPrompt.from_policy(POLICY)
     results = {}
     for shift in (plain, recoloured, noise, blur, bar, blob):
         drivers = {"answers": evaluate.Answers(model), "policy": evaluate.Policy(model)}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import ppo_git_with_prompt as ppo
 from benchmarks import runs
+from car_racing_env import VALIDATION
 from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import checks, run_files
 
-TRACKS = range(100_000, 100_100)  # validation tracks
+TRACKS = VALIDATION
 OUTPUT = Path(__file__).with_suffix(".json")
 
 

@@ -114,7 +114,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 base = AutoModelForCausalLM.from_pretrained("{base_model}")
 processor = AutoProcessor.from_pretrained("{folder}")
 model = PeftModel.from_pretrained(base, "{folder}").eval()
-prompt = processor.tokenizer("{prompt}", return_tensors="pt").input_ids[:, :-1]  # no [SEP]: the answer follows
+prompt = processor.tokenizer({prompt!r}, return_tensors="pt").input_ids[:, :-1]  # no [SEP]: the answer follows
 pixels = processor(images=frame, return_tensors="pt").pixel_values  # frame: PIL image or uint8 (96, 96, 3)
 words = model.generate(pixel_values=pixels, input_ids=prompt, max_new_tokens=6)
 print(processor.tokenizer.decode(words[0, prompt.shape[1] :], skip_special_tokens=True))

@@ -125,7 +125,7 @@ class Simulators:
         return self._request("set_attr", name, values)
 
     def close(self):
-        # it has nothing to save, and SDL, which a live window opens, makes it deaf to a milder signal
+        # it has nothing to save, and SDL with a display open makes it deaf to a milder signal
         self.process.kill()
         self.process.join()
 

@@ -69,6 +69,11 @@ def check_writable(folder):
     return folder
 
 
+def made_by(folder):
+    """The script that a folder's run.json names, None without one."""
+    return read_json(folder / "run.json").get("script") if (folder / "run.json").exists() else None
+
+
 def check_own(folder, script, *others):
     """Raise BadInput if `folder` holds files, but by its run.json not those of `script`, or holds one of `others`.
 
@@ -78,8 +83,7 @@ def check_own(folder, script, *others):
     if any(other.resolve().is_relative_to(folder) for other in others):
         raise BadInput(f"{folder}/ is replaced as a whole: put no other output there")
     if folder.exists() and any(folder.iterdir()):
-        made_by = read_json(folder / "run.json").get("script") if (folder / "run.json").exists() else None
-        if made_by != script:
+        if made_by(folder) != script:
             raise BadInput(f"{folder}/ holds files that {script} did not make and would replace: name another folder")
     return folder
 
@@ -160,13 +164,16 @@ class RunLogs:
     """
 
     def __init__(self, folder, run, state=None):
+        if any((folder / name).exists() for name in ("run.json", "state.pt", "tensorboard")):
+            if made_by(folder) != run["script"]:
+                raise BadInput(f"{folder}/ holds files that {run['script']} did not make: name another RESULTS_DIR")
         self.folder, self.run, self.lock = folder, run, lock(folder)
-        for pattern in ("video_episode_*", "video_final*"):
-            for video in folder.glob(f"{pattern}.partial*" if state else pattern):  # partial: it was killed
-                video.unlink()
         if not state:
             (folder / "state.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        for pattern in ("video_episode_*", "video_final*"):
+            for video in folder.glob(f"{pattern}.partial*" if state else pattern):  # partial: it was killed
+                video.unlink()
         last_update = state["update"] if state else None
         names = ("reward", "update", "eval")
         self.rewards, self.updates, self.evaluations = (
@@ -273,7 +280,8 @@ def constants_of(*namespaces):
         }
         for namespace in namespaces
     }
-    return json.loads(json.dumps(constants))  # with lists and strings where json has no tuples and numbers as keys
+    # with lists and strings where json has no tuples, no numbers as keys, no classes
+    return json.loads(json.dumps(constants, default=str))
 
 
 def describe_run(*namespaces, **facts):

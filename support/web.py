@@ -5,7 +5,8 @@ It brings messages to and fro. Of what they say it knows two: pictures ("drives"
 
 import asyncio
 import contextlib
-import gc
+import os
+import sys
 import threading
 import webbrowser
 
@@ -120,6 +121,11 @@ def make_app(make_session, understand, welcome, max_sessions):
     return app
 
 
+def has_display():
+    """Whether a browser would open a window; without, Python may start one of text in this terminal."""
+    return sys.platform == "darwin" or any(name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
 class Server(uvicorn.Server):
     """Says where it listens as soon as it does; with `open_browser` opens it there."""
 
@@ -128,7 +134,6 @@ class Server(uvicorn.Server):
         settings = {"log_level": "warning", "ws_max_size": 4096, "ws_ping_interval": 2, "ws_ping_timeout": 10}
         super().__init__(uvicorn.Config(app, host, port, **settings))
         self.open_browser = open_browser
-        gc.freeze()  # the collection after a visit, 0.3 s with all that the libraries made, need not look at what stays
 
     async def startup(self, sockets=None):
         await super().startup(sockets)
@@ -136,5 +141,5 @@ class Server(uvicorn.Server):
             port = self.servers[0].sockets[0].getsockname()[1]
             self.address = f"http://{'127.0.0.1' if self.config.host == '0.0.0.0' else self.config.host}:{port}"
             print(f"{self.address}  (Ctrl-C ends it)", flush=True)
-            if self.open_browser:
+            if self.open_browser and has_display():
                 threading.Thread(target=webbrowser.open, args=(self.address,), daemon=True).start()

@@ -68,6 +68,7 @@ CONSTANTS = [  # script, what its user sets, what the message names
     *((STAGE2, {name: 1000}, name) for name in ("MIN_FRAMES", "BATCH_SIZE")),
     (STAGE2, {"MIN_FRAMES": 100, "MORE_DATA": ("CarRacing-Data",)}, "96 training frames"),
     (PPO, {"EVAL_TRACKS": range(99_990, 100_010)}, "EVAL_TRACKS"),
+    (PPO, {"RESULTS_DIR": "ROOT/adapter"}, "ROOT/adapter"),
     *((script, {"RESUME": True, "LEARNING_RATE": 1e-3}, "LEARNING_RATE") for script in (STAGE2, PPO)),
     (EVALUATE, {"DRIVER": "teacher", "INSTRUCTION": "fly"}, "INSTRUCTION"),
     (EVALUATE, {"INSTRUCTION": "left " * 60}, "prompt"),

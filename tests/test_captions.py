@@ -85,7 +85,7 @@ def test_an_episode_under_an_instruction_repeats(script):
 @pytest.mark.parametrize("disturbed", [{"BURST_START": 1.0}, {"THROWN": 1.0}])
 def test_bursts_and_throws_disturb_an_episode(script, disturbed):
     quiet, other = (script(COLLECT, **QUIET | change).collect_episode(7)[0] for change in ({}, disturbed))
-    assert len(quiet) > 10 and not np.array_equal(other[:10], quiet[:10])
+    assert min(len(quiet), len(other)) > 10 and not np.array_equal(other[:10], quiet[:10])
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import sys
 
 import gymnasium as gym
 import numpy as np
-import pygame
 import pytest
 import torch
 from test_GitText2ActionWithPrompt import inputs
@@ -78,28 +77,6 @@ def test_the_heat_map_is_hugging_faces_attention(toy_model, frames):
     attentions = toy_model.git(**inputs(toy_model, frames), output_attentions=True).attentions[-1]
     expected = attentions.mean(1)[:, -1, 1:17].reshape(3, 4, 4)
     assert torch.allclose(film.attention(toy_model, frames), expected, atol=1e-6)
-
-
-def test_watching_shows_the_pictures_in_a_window_until_it_is_closed(monkeypatch):
-    """The driver sees at each decision what the window shows, the picture before; then it closes the window."""
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    shown, teacher = [], evaluate.Teacher()
-
-    def driver(frames, infos):
-        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1))
-        if len(shown) == 4:
-            pygame.event.post(pygame.event.Event(pygame.QUIT))
-        return teacher(frames, infos)
-
-    film.check_display()
-    film.watch(driver, 100_000)
-    assert not pygame.display.get_init() and len(shown) == 4
-    car = film.Drive(teacher, 100_000)
-    for shot, (picture, _) in zip(shown[1:], film.drive(teacher, 100_000)):
-        action, *_ = car.decide()
-        assert np.array_equal(shot, picture)
-        assert np.array_equal(shot[:400], car.picture()) and shot[400:].std() > 1
-        car.step(action)
 
 
 def test_the_heat_map_reddens_what_is_looked_at():

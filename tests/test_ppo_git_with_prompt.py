@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -145,6 +146,22 @@ def make_batch(model, size=40):
     _, data, *_ = ppo.rollout(envs, ppo.observe(*envs.reset()), None, model, size // 2)
     batch = {name: x.reshape(-1, *x.shape[2:]) for name, x in data.items()}
     return batch | {"advantage": (batch["action"] == 4).float(), "returns": torch.linspace(0, 1, size)}
+
+
+def test_an_interrupt_does_not_wait_for_the_other_rollouts(monkeypatch):
+    driving, noticed, driven = threading.Event(), threading.Event(), []
+
+    def rollout(worker, *_, **__):
+        if worker == "interrupted" and driving.wait(10):
+            raise KeyboardInterrupt
+        driving.set()
+        driven.append(noticed.wait(3))
+
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.rollouts(["interrupted", "driving"], [None] * 2, [None] * 2, None, 1)
+    assert not driven
+    noticed.set()
 
 
 def test_an_update_learns_the_better_action_and_needs_the_stored_masks(toy_model, monkeypatch):
