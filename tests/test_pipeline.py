@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import COLLECT, STAGE2, toy_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import car_racing_env
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
@@ -30,6 +31,20 @@ def test_logs(pipeline):
     assert [int(row["env_frames"]) for row in updates] == [240, 480, 720]  # 2 x 60 decisions of 2 frames
     assert all(np.isfinite(float(x)) for row in updates for name, x in row.items() if not name.startswith("obeyed"))
     assert [row["update"] + row["driver"] for row in evaluations] == ["0answers", "0policy", "3policy"]
+
+
+def test_tensorboard_shows_what_the_logs_hold(pipeline):
+    events = EventAccumulator(str(pipeline.results / "tensorboard")).Reload()
+    episodes, updates, evaluations = (read_log(pipeline.results / f"{x}_log.csv") for x in ("reward", "update", "eval"))
+    told, plain = ([row for row in episodes if row["told"] == x] for x in "10")
+    policy = [row for row in evaluations if row["driver"] == "policy"]
+    for tag, rows, name in (
+        ("charts/episodic_return", plain, "return"), ("charts/episodic_length_told", told, "length"),
+        ("losses/value_loss", updates, "value_loss"), ("eval/policy_return", policy, "mean"),
+    ):  # fmt: skip
+        logged = [(int(row["env_frames"]), float(row[name])) for row in rows]
+        shown = [(x.step, x.value) for x in events.Scalars(tag)]
+        assert shown == [(step, pytest.approx(x, 1e-5)) for step, x in logged]
 
 
 def test_an_adapter_learns_on_with_captions_of_drives_of_its_own(pipeline, tmp_path, script):
