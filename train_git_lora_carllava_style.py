@@ -83,8 +83,9 @@ class EpochReport(TrainerCallback):
         run_files.Log(log, key="epoch", keep_until=epoch - 1).write(row)  # a resumed run repeats an epoch
         names = [f"exact_{kind}_taught" for kind in instructions.KINDS]
         told = [self.metrics[name] for name in names if name in self.metrics] or [np.nan]
+        trained = f"epoch {epoch}: average loss {average_loss:.4f}" if epoch else "before training"
         tqdm.write(
-            f"epoch {epoch}: average loss {average_loss:.4f}, validation {row['validation_loss']:.4f}, exact answers "
+            f"{trained}, validation {row['validation_loss']:.4f}, exact answers "
             f"{row['exact_match']:.1%} (the commonest one: {row['majority_share']:.1%}), under instructions "
             f"{np.mean(told):.1%}, wishes {row.get('exact_wish_taught', np.nan):.1%}, about the scene "
             f"{row.get('exact_scene', np.nan):.1%}"
