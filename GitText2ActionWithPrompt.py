@@ -268,7 +268,7 @@ class GitText2ActionWithPrompt(nn.Module):
         return resize(torch.as_tensor(frames).to(self.device), self.processor.image_processor)
 
     def autocast(self):
-        """On a GPU bfloat16. A CPU acts in float32, where it trains in bfloat16, too: scores are the same on each."""
+        """bfloat16 on a GPU. On a CPU float32, also where it trains in bfloat16: scores hardly depend on the CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @property
@@ -288,7 +288,7 @@ class GitText2ActionWithPrompt(nn.Module):
 
     @classmethod
     def from_policy(cls, folder):
-        """A policy folder of ppo_git_with_prompt.py together with the base and adapter that it names."""
+        """A policy folder, relative to the repository, together with the base and adapter that it names."""
         folder = ROOT / folder
         remedy = "put it back, or rerun ppo_git_with_prompt.py"
         facts = read_json(folder / "policy.json", "run ppo_git_with_prompt.py first, or name results/published/policy")
@@ -325,7 +325,10 @@ class GitText2ActionWithPrompt(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     def save_policy(self, folder, **facts):
-        """Write `policy.safetensors` (the trained weights), `policy.json` (what they stand on, `facts`) and a card."""
+        """Write `policy.safetensors` (the trained weights), `policy.json` (what they stand on, `facts`) and a card.
+
+        The folder is relative to the repository.
+        """
         folder = ROOT / folder
         folder.mkdir(parents=True, exist_ok=True)
         facts |= self.source | task() | {name: getattr(self, name) for name in HEAD_FACTS}

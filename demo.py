@@ -288,7 +288,8 @@ def make_server(model):
     return web.Server(app, HOST, PORT, OPEN_BROWSER)
 
 
-def main():
+def serve():
+    """Load the policy and serve the page until Ctrl-C."""
     torch.set_num_threads(1)
     server = make_server(GitText2ActionWithPrompt.from_policy(POLICY))
     gc.freeze()  # the collection after a visit, 0.3 s with all that the libraries made, need not look at what stays
@@ -297,4 +298,4 @@ def main():
 
 
 if __name__ == "__main__":
-    checks.run(main)
+    checks.run(serve)

@@ -258,7 +258,8 @@ def main():
         "ends": [r["end"] for r in results],
     }
     facts |= summary | {"seconds": round(time.time() - began, 1)} | lists
-    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"\w+", INSTRUCTION.lower())])[:200]  # names end at 255
+    name = "_".join([DRIVER, str(FIRST_TRACK), *re.findall(r"\w+", INSTRUCTION.lower())])
+    name = name.encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
     run_files.write_json(results_dir / f"eval_{name}.json", facts)
     print("{mean:.1f} ± {std:.1f}, min {min:.0f}, {laps_finished_percent:.0f} % laps".format(**summary))
     print(f"wrote {RESULTS_DIR}/eval_{name}.json")

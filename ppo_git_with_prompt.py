@@ -207,7 +207,7 @@ def rollouts(workers, observations, generators, model, num_steps):
         each = pool.map(functools.partial(rollout, model=model, num_steps=num_steps), workers, observations, generators)
         observations, parts, episodes, obedience = zip(*each)
     finally:
-        pool.shutdown(wait=False)  # after Ctrl-C a thread ends with its simulators, not with its rollout
+        pool.shutdown(wait=False)  # after Ctrl-C close the simulators: their threads end, in mid-rollout
     sentences = np.concatenate([part.pop("instructions") for part in parts], 1)
     data = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     return observations, data | {"instructions": sentences}, sum(episodes, []), sum(obedience, [])

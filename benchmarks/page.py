@@ -23,7 +23,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import demo
-from GitText2ActionWithPrompt import GitText2ActionWithPrompt
 from support import checks, run_files
 
 SESSIONS = (1, 2, 4)
@@ -35,9 +34,8 @@ OUTPUT = Path(__file__).with_suffix(".json")
 
 def serve(port):
     """A server in a process of its own."""
-    torch.set_num_threads(1)
     demo.PORT, demo.OPEN_BROWSER = port, False
-    demo.make_server(GitText2ActionWithPrompt.from_policy(demo.POLICY)).run()
+    demo.serve()
 
 
 def visit(address, until, said=()):

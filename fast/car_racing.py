@@ -26,7 +26,7 @@ class Surfaces(threading.local):
     """What a thread's environments draw on, one after the other: 3 MB for each would put all out of the cache."""
 
     def __init__(self):
-        masks = (0xFF0000, 0xFF00, 0xFF, 0)  # the rasteriser's, whatever format an open window has
+        masks = (0xFF0000, 0xFF00, 0xFF, 0)  # the rasteriser's, also where a window is open
         make = functools.partial(pygame.Surface, depth=32, masks=masks)
         self.scene = make((stock.WINDOW_W, stock.WINDOW_H))
         self.instruments = make((stock.WINDOW_W, stock.WINDOW_H))

@@ -31,6 +31,7 @@ import GitText2ActionWithPrompt as model_file
 import instructions
 import perturbations
 import questions
+import targets
 import teacher as teacher_file
 from fast import git_forward
 from GitText2ActionWithPrompt import ANSWERS, PROMPT, GitText2ActionWithPrompt
@@ -339,7 +340,7 @@ def main():
     instructions.check_phrasings()
     output = run_files.check_own(ROOT / OUTPUT_DIR, Path(__file__).name)
     run = run_files.describe_run(
-        globals(), *map(vars, (model_file, car_racing_env, perturbations, teacher_file)),
+        globals(), *map(vars, (model_file, car_racing_env, perturbations, targets, teacher_file)),
         teacher_hash=run_files.file_hash(ROOT / TEACHER), instructions=instructions.digest(),
         questions=questions.digest(), bfloat16=git_forward.multiplies_bfloat16(model_file.device()),
     )  # fmt: skip

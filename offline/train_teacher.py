@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import car_racing_env
 import perturbations
+import targets
 import teacher as teacher_file
 from instructions import draw_target
 from perturbations import RandomBursts, Throws
@@ -281,7 +282,7 @@ def save_teacher(output, number, weights, row, parts, normalizer, run):
 
 
 def main():
-    output, modules = ROOT / OUTPUT_DIR, (car_racing_env, perturbations, teacher_file)
+    output, modules = ROOT / OUTPUT_DIR, (car_racing_env, perturbations, targets, teacher_file)
     run = run_files.describe_run(globals(), *map(vars, modules))
     torch.manual_seed(SEED)
     torch.set_num_threads(2)

@@ -5,6 +5,7 @@ import json
 import warnings
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError
@@ -14,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 from support.checks import BadInput, check_same, read_json, read_weights
 from support.run_files import ROOT, file_hash
 
-disable_progress_bar()  # of "Loading weights", which takes a moment
+disable_progress_bar()  # of "Loading weights", which takes a moment;
+enable_progress_bars()  # those of the Hub's downloads stay
 warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)  # between PEFT and transformers
 
 TASK_FILE = "task.json"  # beside an adapter: what it was trained for

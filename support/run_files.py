@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -71,7 +72,8 @@ def check_writable(folder):
 
 def made_by(folder):
     """The script that a folder's run.json names, None without one."""
-    return read_json(folder / "run.json").get("script") if (folder / "run.json").exists() else None
+    facts = folder / "run.json"
+    return read_json(facts, "remove it, or name another folder").get("script") if facts.exists() else None
 
 
 def check_own(folder, script, *others):
@@ -160,7 +162,8 @@ class RunLogs:
 
     `state`, of a run that continues, says after which update. Without it the logs, state and videos of an earlier run
     in `folder` are deleted; its policy and graphs stay until they are replaced. A context manager: it holds the folder,
-    so that no other run writes there, and brings run.json up to date when it ends.
+    so that no other run writes there, and brings run.json up to date when it ends. BadInput if another script's files
+    lie there.
     """
 
     def __init__(self, folder, run, state=None):
@@ -168,6 +171,7 @@ class RunLogs:
             if made_by(folder) != run["script"]:
                 raise BadInput(f"{folder}/ holds files that {run['script']} did not make: name another RESULTS_DIR")
         self.folder, self.run, self.lock = folder, run, lock(folder)
+        write_run(folder, run)
         if not state:
             (folder / "state.pt").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -181,7 +185,6 @@ class RunLogs:
         )
         frames = [int(row["env_frames"]) for row in read_log(self.updates.path)]
         self.writer = tensorboard(folder / "tensorboard", max(frames, default=0))
-        write_run(folder, run)
 
     def __enter__(self):
         return self
@@ -280,8 +283,8 @@ def constants_of(*namespaces):
         }
         for namespace in namespaces
     }
-    # with lists and strings where json has no tuples, no numbers as keys, no classes
-    return json.loads(json.dumps(constants, default=str))
+    # with lists and strings where json has no tuples, no numbers as keys, no functions or classes
+    return json.loads(json.dumps(constants, default=lambda x: re.sub(" at 0x[0-9a-f]+", "", str(x))))
 
 
 def describe_run(*namespaces, **facts):

@@ -123,7 +123,7 @@ def make_app(make_session, understand, welcome, max_sessions):
 
 def has_display():
     """Whether a browser would open a window; without, Python may start one of text in this terminal."""
-    return sys.platform == "darwin" or any(name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return sys.platform == "darwin" or any(name in os.environ for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
 
 
 class Server(uvicorn.Server):
